@@ -1,0 +1,39 @@
+"""Mixture-of-Experts on NVIDIA GPUs: fast, visible, sliced, and every number measured. Names load when first used."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "config": ("Activation", "MoEConfig", "PRESETS", "RouterConfig"),
+    "model": ("AdvancedMoELayer", "Expert", "MoELayer", "MoEStats", "SliceAllocationPolicy"),
+    "profiler": ("ExpertProfiler", "ExpertSnapshot", "RoutingTrace"),
+    "reference": ("ExpertWeights", "Routing"),
+    "triton_kernels.ops": ("TritonExpertOps",),
+    "benchmark": ("MoEBenchmark", "run_full_benchmark", "run_quick_benchmark"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+__all__ = sorted(_HOME_OF)
+
+if TYPE_CHECKING:
+    from moe_gpu.benchmark import MoEBenchmark, run_full_benchmark, run_quick_benchmark
+    from moe_gpu.config import PRESETS, Activation, MoEConfig, RouterConfig
+    from moe_gpu.model import AdvancedMoELayer, Expert, MoELayer, MoEStats, SliceAllocationPolicy
+    from moe_gpu.profiler import ExpertProfiler, ExpertSnapshot, RoutingTrace
+    from moe_gpu.reference import ExpertWeights, Routing
+    from moe_gpu.triton_kernels.ops import TritonExpertOps
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'moe_gpu' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"moe_gpu.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,275 @@
+"""Every operation in plain PyTorch: the truth that the tests compare with, and the backend where there is no GPU.
+
+The symbol legend of the whole project. A tensor's name ends in its shape, a letter an axis:
+
+    T tokens                          H input width               I intermediate width of an expert
+    E experts                         O output width (mostly H)   G rows of the first weight: 2I gated (gate first), else I
+    K experts chosen per token        R = T*K routed rows, sorted by expert, stable in token order
+    P = E + 1                         boundaries of E segments, or E bins and one for routes that no expert can take
+
+Routing works on any dtype; the products run in the dtype of their inputs, so float64 inputs give the oracle.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+
+from moe_gpu.config import ACTIVATIONS, RouterConfig
+
+INVALID = -1
+"""The expert id, or the row, of a route that is dropped: over capacity, a NaN logit, or an id out of range."""
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which rows each expert computes; all tensors stay on the device.
+
+    topk_ids_TK: int32 chosen experts, INVALID where the token's logits were not numbers.
+    topk_weights_TK: float32 weights of the chosen experts.
+    demand_P: int32 routes that asked for each expert; the last entry counts invalid routes.
+    offsets_P: int32 first row of each expert; the last entry is the number of rows in use, at most R.
+    row_token_R: int32 token of each row; rows past the last offset belong to dropped routes.
+    row_of_route_TK: int32 row of each route, INVALID where it is dropped.
+    """
+
+    topk_ids_TK: torch.Tensor
+    topk_weights_TK: torch.Tensor
+    demand_P: torch.Tensor
+    offsets_P: torch.Tensor
+    row_token_R: torch.Tensor
+    row_of_route_TK: torch.Tensor
+
+    @property
+    def counts_E(self) -> torch.Tensor:
+        """int32 rows that each expert computes."""
+        return self.offsets_P.diff()
+
+    @property
+    def demand_E(self) -> torch.Tensor:
+        """int32 routes that asked for each expert, dropped ones included."""
+        return self.demand_P[:-1]
+
+    @property
+    def num_dropped(self) -> torch.Tensor:
+        """0-dim int: routes dropped because their expert was full."""
+        return self.demand_P[:-1].sum() - self.offsets_P[-1]
+
+    @property
+    def num_invalid(self) -> torch.Tensor:
+        """0-dim int: routes of NaN logits or of ids out of range."""
+        return self.demand_P[-1]
+
+    @property
+    def num_experts(self) -> int:
+        return self.offsets_P.shape[0] - 1
+
+    @property
+    def top_k(self) -> int:
+        return self.topk_ids_TK.shape[1]
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """Stacked weights in the layout of `transformers`; gated experts keep the gate half first.
+
+    up_EGH, down_EOI; mid_EII for the second hidden layer of a plain expert; biases up_bias_EG, mid_bias_EI, down_bias_EO.
+    """
+
+    up_EGH: torch.Tensor
+    down_EOI: torch.Tensor
+    mid_EII: torch.Tensor | None = None
+    up_bias_EG: torch.Tensor | None = None
+    mid_bias_EI: torch.Tensor | None = None
+    down_bias_EO: torch.Tensor | None = None
+
+    def to(self, dtype: torch.dtype) -> ExpertWeights:
+        """The same weights in another dtype (the same tensors where nothing changes)."""
+        tensors = (getattr(self, field.name) for field in fields(self))
+        return ExpertWeights(*(None if tensor is None else tensor.to(dtype) for tensor in tensors))
+
+
+def apply_function(function: str, x: torch.Tensor) -> torch.Tensor:
+    """`silu`, `gelu` (exact), `gelu_tanh` or `relu`, elementwise."""
+    if function == "silu":
+        return F.silu(x)
+    if function == "gelu":
+        return F.gelu(x)
+    if function == "gelu_tanh":
+        return F.gelu(x, approximate="tanh")
+    if function == "relu":
+        return F.relu(x)
+    raise ValueError(f"unknown elementwise function {function!r}")
+
+
+def activate_reference(h_RG: torch.Tensor, activation: str) -> torch.Tensor:
+    """Pre-activations (R, G) to (R, I): `f(gate) * up` of the two halves, or `f(h)`."""
+    kind = ACTIVATIONS[activation]
+    if not kind.gated:
+        return apply_function(kind.function, h_RG)
+    gate_RI, up_RI = h_RG.chunk(2, dim=-1)
+    return apply_function(kind.function, gate_RI) * up_RI
+
+
+def _stable_topk(scores_TE: torch.Tensor, k: int) -> torch.Tensor:
+    """Indices of the k largest, best first; the lower index wins a tie (torch.topk promises nothing there)."""
+    return torch.sort(scores_TE, dim=-1, descending=True, stable=True).indices[:, :k]
+
+
+def _group_limited(scores_TE: torch.Tensor, router: RouterConfig) -> torch.Tensor:
+    """Scores with -inf outside the best `topk_group` groups; a group scores the sum of its two best experts."""
+    num_tokens, num_experts = scores_TE.shape
+    grouped = scores_TE.view(num_tokens, router.n_group, num_experts // router.n_group)
+    group_scores = torch.sort(grouped, dim=-1, descending=True).values[..., :2].sum(-1)
+    chosen = _stable_topk(group_scores, router.topk_group)
+    keep = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(1, chosen, True)
+    return grouped.masked_fill(~keep.unsqueeze(-1), -torch.inf).view(num_tokens, num_experts)
+
+
+def topk_reference(
+    logits_TE: torch.Tensor, top_k: int, router: RouterConfig, bias_E: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Chosen experts (T, K) int32 and their weights (T, K), differentiable in the logits.
+
+    `bias_E` steers the choice and never the weights (loss-free balancing, arXiv 2408.15664). Ties go to the lower id.
+    A token with a logit that gives no finite score gets INVALID ids and zero weights.
+    """
+    num_experts = logits_TE.shape[1]
+    router.validate_for(num_experts, top_k)
+    logits = logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
+    if router.score_function == "sigmoid":
+        scores = torch.sigmoid(logits)
+    elif router.softmax_after_topk:
+        scores = logits
+    else:
+        scores = torch.softmax(logits, dim=-1)
+    numbers = logits if router.score_function == "sigmoid" else torch.softmax(logits.detach(), dim=-1)
+    invalid = torch.isnan(numbers).any(-1, keepdim=True)
+
+    choice = torch.nan_to_num(scores.detach(), nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+    if bias_E is not None:
+        choice = choice + bias_E.to(choice.dtype)
+    if router.n_group > 1:
+        choice = _group_limited(choice, router)
+    ids = _stable_topk(choice, top_k)
+
+    if router.softmax_after_topk or (router.score_function == "softmax" and router.norm_topk_prob):
+        # The softmax over all, renormalised over the chosen, is the softmax over the chosen logits.
+        weights = torch.softmax(logits.gather(1, ids), dim=-1)
+    else:
+        weights = scores.gather(1, ids)
+        if router.norm_topk_prob:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    weights = weights * router.routed_scaling_factor
+    ids = ids.masked_fill(invalid, INVALID).to(torch.int32)
+    return ids, torch.where(invalid, torch.zeros_like(weights), weights)
+
+
+def sort_routes_reference(
+    topk_ids_TK: torch.Tensor, num_experts: int, capacity: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows by expert, stable in token order: (demand_P, offsets_P, row_token_R, row_of_route_TK), all int32.
+
+    An id outside [0, E) takes no row; neither does a route beyond the first `capacity` of its expert.
+    """
+    num_tokens, top_k = topk_ids_TK.shape
+    device = topk_ids_TK.device
+    ids = topk_ids_TK.reshape(-1).to(torch.int64)
+    bins = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts)
+    demand = torch.bincount(bins, minlength=num_experts + 1)
+    order = torch.sort(bins, stable=True).indices
+    first = demand.cumsum(0) - demand
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(order.numel(), device=device) - first[bins[order]]
+    limit = order.numel() if capacity is None else capacity
+    kept_route = (bins < num_experts) & (rank < limit)
+    counts = demand[:-1].clamp(max=limit)
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    overflow = torch.cat([demand[:-1] - counts, demand[-1:]])
+    overflow_first = offsets[-1] + overflow.cumsum(0) - overflow
+    limit_of = torch.where(bins < num_experts, limit, 0)
+    row = torch.where(kept_route, offsets[bins] + rank, overflow_first[bins] + rank - limit_of)
+    row_token = torch.empty_like(order)
+    row_token[row] = torch.arange(order.numel(), device=device) // max(top_k, 1)
+    row_of_route = torch.where(kept_route, row, INVALID).view(num_tokens, top_k)
+    return tuple(tensor.to(torch.int32) for tensor in (demand, offsets, row_token, row_of_route))
+
+
+def route_reference(
+    logits_TE: torch.Tensor,
+    top_k: int,
+    router: RouterConfig,
+    bias_E: torch.Tensor | None = None,
+    capacity: int | None = None,
+) -> Routing:
+    """Logits to a Routing: `topk_reference`, then `sort_routes_reference`."""
+    ids, weights = topk_reference(logits_TE, top_k, router, bias_E)
+    return Routing(ids, weights, *sort_routes_reference(ids, logits_TE.shape[1], capacity))
+
+
+def permute_reference(x_TH: torch.Tensor, routing: Routing) -> torch.Tensor:
+    """Rows sorted by expert, (R, H); zero in the rows that no expert computes."""
+    rows = x_TH[routing.row_token_R.long()]
+    used = torch.arange(rows.shape[0], device=rows.device) < routing.offsets_P[-1]
+    return torch.where(used.unsqueeze(-1), rows, torch.zeros((), dtype=rows.dtype, device=rows.device))
+
+
+def combine_reference(y_RO: torch.Tensor, routing: Routing) -> torch.Tensor:
+    """Weighted sum over a token's routes, (T, O): accumulated in float32 (or wider), order of k fixed."""
+    row = routing.row_of_route_TK.long()
+    kept = (row != INVALID).unsqueeze(-1)
+    wide = torch.promote_types(y_RO.dtype, torch.float32)
+    if y_RO.shape[0] == 0:
+        return y_RO.new_zeros(row.shape[0], y_RO.shape[1])
+    parts = y_RO[row.clamp(min=0)].to(wide) * routing.topk_weights_TK.to(wide).unsqueeze(-1)
+    return torch.where(kept, parts, torch.zeros((), dtype=wide, device=y_RO.device)).sum(1).to(y_RO.dtype)
+
+
+def grouped_gemm_reference(
+    a_RK: torch.Tensor, w_ENK: torch.Tensor, offsets_P: torch.Tensor, bias_EN: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`a[rows of e] @ w[e].T + bias[e]` for each expert e, (R, N); zero in the rows past the last offset."""
+    bounds = offsets_P.tolist()
+    pieces = []
+    for expert in range(w_ENK.shape[0]):
+        rows = a_RK[bounds[expert] : bounds[expert + 1]]
+        pieces.append(F.linear(rows, w_ENK[expert], None if bias_EN is None else bias_EN[expert]))
+    pieces.append(a_RK.new_zeros(a_RK.shape[0] - bounds[-1], w_ENK.shape[1]))
+    return torch.cat(pieces)
+
+
+def experts_reference(
+    x_TH: torch.Tensor, routing: Routing, weights: ExpertWeights, activation: str
+) -> torch.Tensor:
+    """The whole expert part: permute, up, activation, (mid, activation,) down, combine; (T, O)."""
+    rows = permute_reference(x_TH, routing)
+    offsets = routing.offsets_P
+    h = activate_reference(grouped_gemm_reference(rows, weights.up_EGH, offsets, weights.up_bias_EG), activation)
+    if weights.mid_EII is not None:
+        h = grouped_gemm_reference(h, weights.mid_EII, offsets, weights.mid_bias_EI)
+        h = activate_reference(h, activation)
+    return combine_reference(grouped_gemm_reference(h, weights.down_EOI, offsets, weights.down_bias_EO), routing)
+
+
+def load_balancing_loss(logits_TE: torch.Tensor, demand_E: torch.Tensor, top_k: int) -> torch.Tensor:
+    """Switch-style auxiliary loss (arXiv 2101.03961): `E * sum_e(share of routes * mean probability)`; 1 when balanced."""
+    num_tokens, num_experts = logits_TE.shape
+    mean_probability = torch.softmax(logits_TE.float(), dim=-1).mean(0) if num_tokens else logits_TE.float().sum(0)
+    share = demand_E.float() / max(num_tokens * top_k, 1)
+    return num_experts * (share * mean_probability).sum()
+
+
+def router_z_loss(logits_TE: torch.Tensor) -> torch.Tensor:
+    """Mean squared log-partition of the router (ST-MoE, arXiv 2202.08906); 0 without tokens."""
+    if logits_TE.shape[0] == 0:
+        return logits_TE.float().sum()
+    return torch.logsumexp(logits_TE.float(), dim=-1).square().mean()
+
+
+@torch.no_grad()
+def update_selection_bias(bias_E: torch.Tensor, demand_E: torch.Tensor, step_size: float) -> None:
+    """Loss-free balancing (arXiv 2408.15664), in place: raise the bias of underloaded experts, lower the others'."""
+    load = demand_E.float()
+    bias_E.add_(torch.sign(load.mean() - load).to(bias_E.dtype), alpha=step_size)

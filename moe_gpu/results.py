@@ -1,0 +1,294 @@
+"""Result rows: what was run on what, one JSON object a line. The only way numbers reach a plot, a table or a page.
+
+A file is a sequence of rows; `kind` says which: `machine` (once, first), `ceiling`, `benchmark`, `training`,
+`expert_load`. Unknown is None, never 0. Units stand in the names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The machine and software of a run; `device` is the GPU's name, or the CPU's."""
+
+    kind: ClassVar[str] = "machine"
+    device: str
+    device_type: str
+    python: str
+    torch: str
+    os: str
+    recorded_at: str
+    commit: str | None = None
+    commit_dirty: bool | None = None
+    triton: str | None = None
+    transformers: str | None = None
+    cuda: str | None = None
+    driver: str | None = None
+    compute_capability: str | None = None
+    num_sms: int | None = None
+    num_threads: int | None = None
+    memory_bytes: int | None = None
+    l2_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """A rate that this device reached on plain work: the 100 % that shares are quoted against."""
+
+    kind: ClassVar[str] = "ceiling"
+    name: str  # "matmul" (dense product) or "copy" (read + write)
+    dtype: str
+    value: float  # FLOP/s or bytes/s
+    unit: str  # "FLOP/s" or "B/s"
+    how: str
+
+
+@dataclass(frozen=True)
+class BenchmarkRow:
+    """One provider on one shape, routing, pass and launch mode.
+
+    status: "ok", "unavailable" (not installed, no GPU), "failed" (raised) or "wrong" (output check failed, so not timed);
+    `reason` says why unless ok. Times are per call of the whole layer. `flops` and `min_bytes` are the least work of the
+    pass; shares are of the ceilings measured in the same file.
+    """
+
+    kind: ClassVar[str] = "benchmark"
+    provider: str
+    status: str
+    model: str
+    num_tokens: int
+    input_dim: int
+    hidden_dim: int
+    expert_dim: int
+    num_experts: int
+    top_k: int
+    dtype: str
+    routing: str  # "uniform", "zipf-1.2", "trace", ...
+    mode: str  # "forward", "backward" or "forward+backward"
+    launch: str = "eager"  # or "graph"
+    scope: str = "layer"  # router included; "experts" from given ids
+    reason: str | None = None
+    backend: str | None = None  # which backend served it, in the provider's words
+    samples: int | None = None
+    mean_ms: float | None = None
+    std_ms: float | None = None
+    min_ms: float | None = None
+    max_ms: float | None = None
+    p20_ms: float | None = None
+    p50_ms: float | None = None
+    p80_ms: float | None = None
+    p95_ms: float | None = None
+    tokens_per_s: float | None = None
+    flops: float | None = None
+    min_bytes: float | None = None
+    tflops: float | None = None
+    gbps: float | None = None
+    flops_share: float | None = None  # of the matmul ceiling, 0 to 1
+    bandwidth_share: float | None = None  # of the copy ceiling, 0 to 1
+    peak_memory_bytes: int | None = None
+    max_error: float | None = None  # largest |out - float64 truth|
+    allowed_error: float | None = None
+    energy_j_per_token: float | None = None
+    sm_clock_mhz: float | None = None
+    power_w: float | None = None
+
+
+@dataclass(frozen=True)
+class TrainingRow:
+    """One logged step of a training run; losses in nats per token."""
+
+    kind: ClassVar[str] = "training"
+    run: str
+    step: int
+    loss: float
+    tokens_seen: int
+    elapsed_s: float
+    tokens_per_s: float | None = None
+    eval_loss: float | None = None
+    learning_rate: float | None = None
+    load_balancing_loss: float | None = None
+    max_expert_share: float | None = None  # of the busiest expert over layers; 1 / E when balanced
+    normalised_entropy: float | None = None  # of the expert load, 1 when balanced; mean over layers
+    backend: str | None = None
+
+
+@dataclass(frozen=True)
+class ExpertLoadRow:
+    """Routes that asked for each expert of one layer during one window."""
+
+    kind: ClassVar[str] = "expert_load"
+    source: str  # which run: "training", "held-out trace", ...
+    layer: int
+    window: int
+    num_tokens: int
+    counts: list[int] = field(default_factory=list)
+
+
+Row = Machine | Ceiling | BenchmarkRow | TrainingRow | ExpertLoadRow
+_KINDS: dict[str, type] = {cls.kind: cls for cls in (Machine, Ceiling, BenchmarkRow, TrainingRow, ExpertLoadRow)}
+
+
+class ResultsError(ValueError):
+    """A results file cannot be read; the message names the file, the line and the remedy."""
+
+
+def to_json(row: Row) -> str:
+    """The row as one JSON line, `kind` first."""
+    return json.dumps({"kind": row.kind, **asdict(row)}, allow_nan=False)
+
+
+def from_json(text: str) -> Row:
+    """The inverse of `to_json`; fields this version does not know are refused with ResultsError."""
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ResultsError(f"not JSON ({error.msg} at column {error.colno})") from error
+    if not isinstance(values, dict) or values.get("kind") not in _KINDS:
+        known = ", ".join(_KINDS)
+        raise ResultsError(f"not a result row: 'kind' must be one of {known}")
+    cls = _KINDS[values.pop("kind")]
+    unknown = set(values) - {known.name for known in fields(cls)}
+    if unknown:
+        raise ResultsError(f"unknown field {sorted(unknown)[0]!r} in a {cls.kind} row")
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise ResultsError(f"incomplete {cls.kind} row ({error})") from error
+
+
+def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
+    """Write the rows to a temporary name in the same folder, then rename: a reader never sees half a file."""
+    write_atomically(path, "".join(to_json(row) + "\n" for row in rows).encode())
+
+
+def write_atomically(path: str | Path, content: bytes) -> None:
+    """Replace `path` with `content`, or leave it untouched if anything fails."""
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """All rows of a file; ResultsError in one line for a missing, empty, truncated or corrupt one."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ResultsError(f"cannot read results file {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ResultsError(f"results file {path} is not text (byte {error.start}); give a .jsonl file") from error
+    rows = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(from_json(line))
+        except ResultsError as error:
+            raise ResultsError(f"{path}:{number}: {error}; run the benchmark again or cut the file there") from error
+    if not rows:
+        raise ResultsError(f"results file {path} holds no rows; run the benchmark again")
+    return rows
+
+
+def select(rows: Iterable[Row], cls: type) -> list[Any]:
+    """The rows of one class, in order."""
+    return [row for row in rows if isinstance(row, cls)]
+
+
+def percentile(samples: Sequence[float], share: float) -> float:
+    """The `share` quantile (0 to 1) by linear interpolation between order statistics."""
+    ordered = sorted(samples)
+    position = share * (len(ordered) - 1)
+    low = int(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+
+def _version(module: str) -> str | None:
+    from importlib import metadata
+
+    try:
+        return metadata.version(module)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def describe_machine(device: torch.device) -> Machine:
+    """The machine that `device` belongs to, as it is now. MOE_GPU_COMMIT names the commit where there is no checkout."""
+    commit = os.environ.get("MOE_GPU_COMMIT") or _git("rev-parse", "HEAD")
+    status = _git("status", "--porcelain", "--untracked-files=no")
+    common: dict[str, Any] = dict(
+        python=platform.python_version(),
+        torch=torch.__version__,
+        triton=_version("triton"),
+        transformers=_version("transformers"),
+        os=platform.platform(terse=True),
+        recorded_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        commit=commit,
+        commit_dirty=None if status is None else bool(status),
+        num_threads=torch.get_num_threads(),
+    )
+    if device.type != "cuda":
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
+        return Machine(device=_cpu_name(), device_type="cpu", memory_bytes=memory, **common)
+    properties = torch.cuda.get_device_properties(device)
+    return Machine(
+        device=properties.name,
+        device_type="cuda",
+        cuda=torch.version.cuda,
+        driver=_driver_version(),
+        compute_capability=f"{properties.major}.{properties.minor}",
+        num_sms=properties.multi_processor_count,
+        memory_bytes=properties.total_memory,
+        l2_bytes=getattr(properties, "L2_cache_size", None),
+        **common,
+    )
+
+
+def _driver_version() -> str | None:
+    from moe_gpu import nvml
+
+    return nvml.driver_version()

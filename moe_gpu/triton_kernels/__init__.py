@@ -1,0 +1,1 @@
+"""Triton kernels for routing and experts; `ops.TritonExpertOps` is the way in."""
