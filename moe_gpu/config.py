@@ -122,9 +122,7 @@ class MoEConfig:
         if self.shared_hidden_dim < 0:
             raise ValueError(f"shared_hidden_dim={self.shared_hidden_dim} must be 0 (none) or positive")
         validate_expert(self.activation, self.depth)
-        if self.capacity_factor is not None and not (
-            math.isfinite(self.capacity_factor) and self.capacity_factor > 0
-        ):
+        if self.capacity_factor is not None and not (math.isfinite(self.capacity_factor) and self.capacity_factor > 0):
             raise ValueError(f"capacity_factor={self.capacity_factor} must be positive, or None for dropless")
         self.router.validate_for(self.num_experts, self.top_k)
 

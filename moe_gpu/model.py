@@ -135,9 +135,7 @@ class _MoEBase(nn.Module):
                 self.mid_bias = _uniform(c.num_experts, c.hidden_dim, fan_in=c.hidden_dim)
         self.shared_expert = None
         if c.shared_hidden_dim:
-            self.shared_expert = Expert(
-                c.input_dim, c.expert_dim, c.shared_hidden_dim, c.activation, c.depth, c.bias
-            )
+            self.shared_expert = Expert(c.input_dim, c.expert_dim, c.shared_hidden_dim, c.activation, c.depth, c.bias)
 
     @property
     def expert_weights(self) -> ExpertWeights:
@@ -344,9 +342,7 @@ class AdvancedMoELayer(_MoEBase):
             "experts": None if self.profiler is None else self.profiler.snapshot(self.layer_index),
         }
 
-    def forward(
-        self, x: torch.Tensor, router_logits_TE: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, MoEStats]:
+    def forward(self, x: torch.Tensor, router_logits_TE: torch.Tensor | None = None) -> tuple[torch.Tensor, MoEStats]:
         """`(output, stats)`; `router_logits_TE` replaces the router's own logits."""
         c = self.config
         x_TH = self._flatten(x)

@@ -62,9 +62,7 @@ def mig_mode(index: int) -> bool | None:
 def sm_clock_mhz(uuid: str) -> int | None:
     """SM clock of the GPU with this UUID now, MHz."""
     return _ask(
-        lambda library: library.nvmlDeviceGetClockInfo(
-            library.nvmlDeviceGetHandleByUUID(uuid), library.NVML_CLOCK_SM
-        )
+        lambda library: library.nvmlDeviceGetClockInfo(library.nvmlDeviceGetHandleByUUID(uuid), library.NVML_CLOCK_SM)
     )
 
 

@@ -88,7 +88,9 @@ class ExpertProfiler:
     def record(self, demand_P: torch.Tensor, layer: int = 0) -> None:
         """Add one step's histogram (E + 1 bins, the last for invalid routes) of one layer."""
         if demand_P.shape != (self.num_experts + 1,):
-            raise ValueError(f"histogram has {demand_P.numel()} bins, expected num_experts + 1 = {self.num_experts + 1}")
+            raise ValueError(
+                f"histogram has {demand_P.numel()} bins, expected num_experts + 1 = {self.num_experts + 1}"
+            )
         if not 0 <= layer < self.num_layers:
             raise ValueError(f"layer={layer} is outside the profiler's {self.num_layers} layers")
         if self._counter_LP is None:
@@ -148,9 +150,7 @@ class ExpertProfiler:
             even = 1 / self.num_experts
             hot = [expert for expert, share in enumerate(shares) if share > self.HOT * even]
             cold = [expert for expert, share in enumerate(shares) if share < self.COLD * even]
-        return ExpertSnapshot(
-            layer, span or None, counts.tolist(), rates, shares, hot, cold, int(newest_LP[layer, -1])
-        )
+        return ExpertSnapshot(layer, span or None, counts.tolist(), rates, shares, hot, cold, int(newest_LP[layer, -1]))
 
 
 class TraceError(ValueError):

@@ -2,10 +2,10 @@
 
 The symbol legend of the whole project. A tensor's name ends in its shape, a letter an axis:
 
-    T tokens                          H input width               I intermediate width of an expert
-    E experts                         O output width (mostly H)   G rows of the first weight: 2I gated (gate first), else I
-    K experts chosen per token        R = T*K routed rows, sorted by expert, stable in token order
-    P = E + 1                         boundaries of E segments, or E bins and one for routes that no expert can take
+    T tokens                     H input width               I intermediate width of an expert
+    E experts                    O output width (mostly H)   G rows of the first weight: 2I if gated (gate first), else I
+    K experts chosen per token   R = T*K routed rows, sorted by expert, stable in token order
+    P = E + 1                    boundaries of E segments, or E bins and one for routes that no expert can take
 
 Routing works on any dtype; the products run in the dtype of their inputs, so float64 inputs give the oracle.
 """
@@ -75,7 +75,7 @@ class Routing:
 class ExpertWeights:
     """Stacked weights in the layout of `transformers`; gated experts keep the gate half first.
 
-    up_EGH, down_EOI; mid_EII for the second hidden layer of a plain expert; biases up_bias_EG, mid_bias_EI, down_bias_EO.
+    up_EGH, down_EOI; mid_EII for the second hidden layer of a plain expert; optional biases of each.
     """
 
     up_EGH: torch.Tensor
@@ -240,9 +240,7 @@ def grouped_gemm_reference(
     return torch.cat(pieces)
 
 
-def experts_reference(
-    x_TH: torch.Tensor, routing: Routing, weights: ExpertWeights, activation: str
-) -> torch.Tensor:
+def experts_reference(x_TH: torch.Tensor, routing: Routing, weights: ExpertWeights, activation: str) -> torch.Tensor:
     """The whole expert part: permute, up, activation, (mid, activation,) down, combine; (T, O)."""
     rows = permute_reference(x_TH, routing)
     offsets = routing.offsets_P
@@ -254,7 +252,7 @@ def experts_reference(
 
 
 def load_balancing_loss(logits_TE: torch.Tensor, demand_E: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Switch-style auxiliary loss (arXiv 2101.03961): `E * sum_e(share of routes * mean probability)`; 1 when balanced."""
+    """Switch's auxiliary loss (arXiv 2101.03961): `E * sum_e(share of routes * mean probability)`, 1 when balanced."""
     num_tokens, num_experts = logits_TE.shape
     mean_probability = torch.softmax(logits_TE.float(), dim=-1).mean(0) if num_tokens else logits_TE.float().sum(0)
     share = demand_E.float() / max(num_tokens * top_k, 1)

@@ -60,9 +60,9 @@ class Ceiling:
 class BenchmarkRow:
     """One provider on one shape, routing, pass and launch mode.
 
-    status: "ok", "unavailable" (not installed, no GPU), "failed" (raised) or "wrong" (output check failed, so not timed);
-    `reason` says why unless ok. Times are per call of the whole layer. `flops` and `min_bytes` are the least work of the
-    pass; shares are of the ceilings measured in the same file.
+    status: "ok", "unavailable" (not installed, no GPU), "failed" (raised) or "wrong" (failed the output check, so not
+    timed); `reason` says why unless ok. Times are per call of the whole layer. `flops` and `min_bytes` are the least work
+    of the pass; shares are of the ceilings measured in the same file.
     """
 
     kind: ClassVar[str] = "benchmark"
@@ -257,7 +257,7 @@ def _cpu_name() -> str:
 
 
 def describe_machine(device: torch.device) -> Machine:
-    """The machine that `device` belongs to, as it is now. MOE_GPU_COMMIT names the commit where there is no checkout."""
+    """The machine that `device` belongs to, as it is now; MOE_GPU_COMMIT names the commit outside a checkout."""
     commit = os.environ.get("MOE_GPU_COMMIT") or _git("rev-parse", "HEAD")
     status = _git("status", "--porcelain", "--untracked-files=no")
     common: dict[str, Any] = dict(
