@@ -1,0 +1,79 @@
+"""Create a virtual environment and install moe-gpu into it: `python3 install.py --venv .venv --extras viz`.
+
+Runs on any Python 3 before anything is installed, so it uses the standard library alone and says what is missing.
+"""
+
+import argparse
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+MIN_PYTHON = (3, 10)
+
+# Without an NVIDIA GPU: one exact release, so that pip takes a CPU wheel of it where one lies on the machine instead of
+# the newest CUDA build; Triton for its interpreter, which newer NumPy breaks. With a GPU: the current release.
+CPU_PACKAGES = ("torch==2.13.0", "numpy<2.4")
+CPU_PACKAGES_LINUX = ("triton==3.6.0",)
+GPU_PACKAGES = ("torch>=2.11", "numpy<2.4")
+
+
+def fail(message):
+    sys.exit(f"moe-gpu: error: {message}")
+
+
+def packages(has_gpu, platform, override):
+    """What to install before moe-gpu itself; `override` (MOE_GPU_TORCH) replaces the choice of PyTorch."""
+    if override:
+        return [*shlex.split(override), "numpy<2.4"]
+    if has_gpu:
+        return list(GPU_PACKAGES)
+    return [*CPU_PACKAGES, *(CPU_PACKAGES_LINUX if platform == "linux" else ())]
+
+
+def create_venv(venv):
+    if (venv / "bin" / "python").exists():
+        return
+    if importlib.util.find_spec("ensurepip") and importlib.util.find_spec("venv"):
+        command = [sys.executable, "-m", "venv", str(venv)]
+    elif importlib.util.find_spec("virtualenv"):
+        command = [sys.executable, "-m", "virtualenv", "--quiet", str(venv)]
+    else:
+        version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+        fail(
+            f"{sys.executable} cannot create virtual environments (no ensurepip): run `apt-get install python3-venv` "
+            f"(or python{version}-venv), or `{sys.executable} -m pip install virtualenv`, or choose another with "
+            "make PYTHON=..."
+        )
+    if subprocess.run(command).returncode:
+        shutil.rmtree(venv, ignore_errors=True)
+        fail(f"could not create the virtual environment {venv}: see above")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--venv", type=Path, required=True)
+    parser.add_argument("--extras", required=True)
+    arguments = parser.parse_args()
+    if sys.version_info[:2] < MIN_PYTHON:
+        found = f"{sys.version_info[0]}.{sys.version_info[1]}"
+        fail(f"{sys.executable} is Python {found}; 3.10 or newer is needed: make PYTHON=python3.11 ...")
+    root = Path(__file__).resolve().parent.parent
+    create_venv(arguments.venv)
+    pip = [str(arguments.venv / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check"]
+    if not sys.stdout.isatty():
+        pip.append("--quiet")
+    has_gpu = shutil.which("nvidia-smi") is not None
+    chosen = packages(has_gpu, sys.platform, os.environ.get("MOE_GPU_TORCH"))
+    target = f"{root}[{arguments.extras}]"
+    print(f"Installing into {arguments.venv} ({'NVIDIA GPU' if has_gpu else 'no GPU'}): {' '.join(chosen)}", flush=True)
+    # One call for all, so that moe-gpu's own requirements cannot move the PyTorch chosen here.
+    if subprocess.run([*pip, *chosen, "--editable", target]).returncode:
+        fail("installation failed: see pip's message above; run the same command again to go on")
+
+
+if __name__ == "__main__":
+    main()
