@@ -1,0 +1,311 @@
+"""The layers on the reference backend: both agree with the written definition, in every variant and at every edge."""
+
+import itertools
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from moe_gpu import reference
+from moe_gpu.config import MoEConfig, RouterConfig
+from moe_gpu.model import _ANNOUNCED, AdvancedMoELayer, Expert, MoELayer, SliceAllocationPolicy
+from moe_gpu.profiler import ExpertProfiler
+
+SIZES = dict(input_dim=12, expert_dim=12, hidden_dim=20, num_experts=5, top_k=2)
+VARIANTS = {
+    "swiglu": {},
+    "renormalised off": dict(router=RouterConfig(norm_topk_prob=False)),
+    "softmax after top-k": dict(router=RouterConfig(softmax_after_topk=True)),
+    "sigmoid, biased, grouped": dict(
+        num_experts=6,
+        router=RouterConfig("sigmoid", n_group=3, topk_group=2, routed_scaling_factor=2.5),
+        selection_bias=True,
+    ),
+    "geglu": dict(activation="geglu"),
+    "geglu_tanh with biases": dict(activation="geglu_tanh", bias=True),
+    "reglu": dict(activation="reglu"),
+    "plain relu": dict(activation="relu"),
+    "three linear layers": dict(activation="gelu", depth=2, bias=True),
+    "narrower output": dict(expert_dim=7),
+    "shared expert": dict(shared_hidden_dim=9),
+    "K = 1": dict(top_k=1),
+    "K = E": dict(top_k=5),
+    "one expert": dict(num_experts=1, top_k=1),
+    "prime E, odd H and I": dict(input_dim=13, hidden_dim=17, num_experts=7, top_k=3),
+    "capacity 1": dict(capacity_factor=1.0),
+    "capacity 0.5": dict(capacity_factor=0.5),
+}
+
+
+def build(dtype=torch.float64, seed=0, **changes):
+    torch.manual_seed(seed)
+    config = MoEConfig(**{**SIZES, **changes})
+    baseline = MoELayer(config).to(dtype)
+    advanced = AdvancedMoELayer.from_config(config).to(dtype)
+    advanced.load_state_dict(baseline.state_dict())
+    return config, baseline, advanced
+
+
+def by_definition(layer, x_TH):
+    """The layer as its definition reads, one token and one expert at a time."""
+    c = layer.config
+    logits_TE = x_TH @ layer.router_weight.T
+    ids_TK, weights_TK = reference.topk_reference(logits_TE, c.top_k, c.router, layer.selection_bias_E)
+    rows_of = [0] * c.num_experts
+    capacity = c.capacity(x_TH.shape[0])
+    out_TO = x_TH.new_zeros(x_TH.shape[0], c.expert_dim)
+    for token, k in itertools.product(range(x_TH.shape[0]), range(c.top_k)):
+        e = int(ids_TK[token, k])
+        rows_of[e] += 1
+        if capacity is not None and rows_of[e] > capacity:
+            continue
+        expert = Expert(c.input_dim, c.expert_dim, c.hidden_dim, c.activation, c.depth, c.bias).to(x_TH.dtype)
+        linears = [(expert.up, layer.gate_up_proj, layer.gate_up_bias), (expert.down, layer.down_proj, layer.down_bias)]
+        if c.depth == 2:
+            linears.append((expert.mid, layer.mid_proj, layer.mid_bias))
+        for linear, weight, bias in linears:
+            linear.weight.data = weight[e].detach()
+            if bias is not None:
+                linear.bias.data = bias[e].detach()
+        out_TO[token] += weights_TK[token, k] * expert(x_TH[token]).detach()
+    if layer.shared_expert is not None:
+        out_TO += layer.shared_expert(x_TH)
+    return out_TO
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_both_layers_compute_the_definition(variant):
+    _, baseline, advanced = build(**VARIANTS[variant])
+    x = torch.randn(11, baseline.config.input_dim, dtype=torch.float64)
+    if advanced.selection_bias_E is not None:
+        bias = torch.linspace(-0.3, 0.3, baseline.config.num_experts)
+        baseline.selection_bias_E.copy_(bias)
+        advanced.selection_bias_E.copy_(bias)
+    with torch.no_grad():
+        expected = by_definition(baseline, x)
+        assert expected.abs().max() > 1e-3
+        torch.testing.assert_close(baseline(x), expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(advanced(x)[0], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_both_layers_have_the_same_gradients(variant):
+    _, baseline, advanced = build(**VARIANTS[variant])
+    x = torch.randn(11, baseline.config.input_dim, dtype=torch.float64)
+    x1, x2 = x.clone().requires_grad_(), x.clone().requires_grad_()
+    grad = torch.randn(11, baseline.config.expert_dim, dtype=torch.float64)
+    baseline(x1).backward(grad)
+    advanced(x2)[0].backward(grad)
+    torch.testing.assert_close(x2.grad, x1.grad, rtol=1e-10, atol=1e-12)
+    assert x1.grad.abs().max() > 1e-3
+    theirs = dict(advanced.named_parameters())
+    for name, parameter in baseline.named_parameters():
+        torch.testing.assert_close(theirs[name].grad, parameter.grad, rtol=1e-10, atol=1e-12, msg=name)
+
+
+def test_gradients_are_right_by_finite_differences():
+    _, _, layer = build(input_dim=3, expert_dim=3, hidden_dim=4, num_experts=3)
+    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    weights = [layer.router_weight, layer.gate_up_proj, layer.down_proj]
+    assert torch.autograd.gradcheck(lambda x, *_: layer(x)[0], (x, *weights))
+
+
+@pytest.mark.parametrize("variant", ["swiglu", "shared expert", "capacity 1", "three linear layers"])
+def test_no_tokens(variant):
+    _, baseline, advanced = build(**VARIANTS[variant])
+    x = torch.zeros(0, 12, dtype=torch.float64, requires_grad=True)
+    out, stats = advanced(x)
+    assert out.shape == baseline(x).shape == (0, 12)
+    assert stats.counts_E.tolist() == [0] * 5
+    out.sum().backward()
+    assert advanced.gate_up_proj.grad.abs().max() == 0
+    assert stats.load_balancing_loss == 0
+    assert stats.router_z_loss == 0
+
+
+def test_leading_axes_are_kept_and_strides_do_not_matter():
+    _, baseline, advanced = build()
+    x = torch.randn(12, 3, 4, dtype=torch.float64).permute(1, 2, 0)
+    assert not x.is_contiguous()
+    out, _ = advanced(x)
+    assert out.shape == (3, 4, 12)
+    torch.testing.assert_close(out, baseline(x.contiguous()))
+    torch.testing.assert_close(out[1, 2], advanced(x[1, 2].unsqueeze(0))[0][0])
+
+
+def test_a_token_of_nan_logits_contributes_zero_and_is_counted():
+    _, _, advanced = build()
+    x = torch.randn(4, 12, dtype=torch.float64)
+    logits = torch.randn(4, 5, dtype=torch.float64)
+    clean, _ = advanced(x, logits)
+    logits[2, 1] = float("nan")
+    out, stats = advanced(x, logits)
+    assert out[2].abs().max() == 0
+    torch.testing.assert_close(out[[0, 1, 3]], clean[[0, 1, 3]])
+    assert int(stats.invalid_routes) == 2
+    assert int(stats.dropped_tokens) == 0
+
+
+def test_a_token_of_nan_logits_poisons_no_gradient():
+    _, _, layer = build()
+    logits = torch.randn(4, 5, dtype=torch.float64)
+    logits[2] = float("nan")
+    logits.requires_grad_()
+    layer(torch.randn(4, 12, dtype=torch.float64), logits)[0].sum().backward()
+    assert torch.isfinite(layer.gate_up_proj.grad).all()
+    assert torch.isfinite(logits.grad[[0, 1, 3]]).all()
+    assert logits.grad[0].abs().max() > 0
+
+
+def test_debug_raises_for_nan_logits():
+    layer = AdvancedMoELayer(**SIZES, debug=True)
+    logits = torch.full((1, 5), float("nan"))
+    with pytest.raises(ValueError, match="2 routes have NaN router logits"):
+        layer(torch.randn(1, 12), logits)
+
+
+def test_capacity_counts_what_it_drops():
+    _, _, layer = build(capacity_factor=1.0, num_experts=4, top_k=1)
+    logits = torch.full((8, 4), 0.0, dtype=torch.float64)
+    logits[:6, 3] = 5.0
+    logits[6:, 1] = 5.0
+    out, stats = layer(torch.randn(8, 12, dtype=torch.float64), logits)
+    assert stats.counts_E.tolist() == [0, 2, 0, 2]
+    assert stats.routing.demand_E.tolist() == [0, 2, 0, 6]
+    assert int(stats.dropped_tokens) == 4
+    assert out[2:6].abs().max() == 0
+    assert out[:2].abs().min() > 0
+
+
+def test_losses_for_training():
+    _, _, layer = build(num_experts=4, top_k=2)
+    x = torch.randn(16, 12, dtype=torch.float64)
+    balanced = torch.tensor([[9.0, 9, 0, 0], [0, 0, 9, 9]], dtype=torch.float64).repeat(8, 1)
+    collapsed = torch.tensor([[9.0, 9, -9, -9]], dtype=torch.float64).repeat(16, 1).requires_grad_()
+    even, skewed = layer(x, balanced)[1], layer(x, collapsed)[1]
+    assert float(even.load_balancing_loss) == pytest.approx(1.0, abs=1e-6)
+    assert float(skewed.load_balancing_loss.detach()) == pytest.approx(2.0, abs=1e-3)
+    assert float(skewed.router_z_loss.detach()) == pytest.approx(
+        torch.logsumexp(collapsed[0].detach(), 0).item() ** 2, rel=1e-5
+    )
+    (skewed.load_balancing_loss + skewed.router_z_loss).backward()
+    assert collapsed.grad.abs().max() > 0
+
+
+def test_selection_bias_evens_out_the_load():
+    _, _, layer = build(num_experts=4, top_k=1, selection_bias=True, router=RouterConfig("sigmoid"))
+    x = torch.randn(64, 12, dtype=torch.float64)
+    logits = 0.3 * torch.randn(64, 4, dtype=torch.float64)
+    logits[:, 0] += 2.0
+    first = int(layer(x, logits)[1].counts_E.max())
+    for _ in range(300):
+        layer.update_selection_bias(layer(x, logits)[1], step_size=0.005)
+    assert first > 55
+    assert int(layer(x, logits)[1].counts_E.max()) <= 24
+    with pytest.raises(ValueError, match="selection_bias=True"):
+        AdvancedMoELayer(**SIZES).update_selection_bias(layer(x, logits)[1])
+
+
+@pytest.mark.parametrize("layer_type", ["baseline", "advanced"])
+def test_wrong_inputs_are_refused(layer_type):
+    _, baseline, advanced = build(torch.float32)
+    layer = baseline if layer_type == "baseline" else advanced
+    with pytest.raises(ValueError, match=r"x has shape \(3, 11\); expected \(\.\.\., input_dim=12\)"):
+        layer(torch.randn(3, 11))
+    with pytest.raises(ValueError, match="x has shape"):
+        layer(torch.randn(12))
+    with pytest.raises(ValueError, match=r"x is torch\.float64 and the layer is torch\.float32"):
+        layer(torch.randn(3, 12, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"router logits have shape \(3, 4\); expected \(3, 5\)"):
+        layer(torch.randn(3, 12), torch.randn(3, 4))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(top_k=9), "top_k=9 exceeds num_experts=5"),
+        (dict(total_slices=0), "total_slices=0"),
+        (dict(allocation_policy="dynamic"), "must be a SliceAllocationPolicy, one of STATIC, DYNAMIC"),
+        (dict(capacity_factor=-1.0), "capacity_factor=-1.0"),
+        (dict(activation="swish"), "activation='swish'"),
+    ],
+)
+def test_wrong_constructions_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        AdvancedMoELayer(**{**SIZES, **changes})
+
+
+def test_flags_without_a_subsystem_say_so_and_are_not_pretended(caplog):
+    _ANNOUNCED.clear()
+    with caplog.at_level(logging.INFO, logger="moe_gpu"):
+        layer = AdvancedMoELayer(**SIZES, allocation_policy=SliceAllocationPolicy.ADAPTIVE)
+        AdvancedMoELayer(**SIZES)
+    for name, feature in layer.features.items():
+        assert not feature.active, name
+        assert feature.reason, name
+    for flag in ("cuda_graphs", "slices", "energy"):
+        assert layer.features[flag].asked
+        assert sum(flag in record.getMessage() for record in caplog.records) == 1
+    quiet = AdvancedMoELayer(**SIZES, use_cuda_graphs=False, enable_energy_monitoring=False, total_slices=1)
+    assert not any(quiet.features[flag].asked for flag in ("cuda_graphs", "slices", "energy"))
+
+
+def test_state_dicts_are_those_of_transformers_and_move_between_layers():
+    _, baseline, advanced = build(**VARIANTS["three linear layers"], shared_hidden_dim=9)
+    assert set(baseline.state_dict()) == set(advanced.state_dict())
+    assert {"router_weight", "gate_up_proj", "down_proj", "mid_proj", "shared_expert.up.weight"} <= set(
+        baseline.state_dict()
+    )
+    assert AdvancedMoELayer(**SIZES).gate_up_proj.shape == (5, 40, 12)
+    assert AdvancedMoELayer(**SIZES).down_proj.shape == (5, 12, 20)
+
+
+def test_autocast_computes_in_the_cast_dtype():
+    _, _, layer = build(torch.float32)
+    x = torch.randn(9, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, _ = layer(x)
+    assert out.dtype == torch.bfloat16
+    full = layer(x)[0]
+    error = (out.float() - full).abs().max()
+    assert 0 < error < 0.05 * full.abs().max()
+
+
+def test_the_profiler_sees_every_route():
+    profiler = ExpertProfiler(5)
+    layer = AdvancedMoELayer(**SIZES, profiler=profiler)
+    total = torch.zeros(5, dtype=torch.int64)
+    for _ in range(3):
+        _, stats = layer(torch.randn(7, 12))
+        total += stats.routing.demand_E
+    profiler.flush()
+    assert profiler.counts_LE()[0].tolist() == total.tolist()
+    assert int(total.sum()) == 3 * 7 * 2
+    assert layer.get_performance_stats()["experts"].counts_E == total.tolist()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "linears"),
+    [
+        (dict(), dict(up=(40, 12), down=(12, 20))),
+        (dict(activation="relu"), dict(up=(20, 12), down=(12, 20))),
+        (dict(depth=2), dict(up=(20, 12), mid=(20, 20), down=(12, 20))),
+    ],
+)
+def test_an_expert_has_the_layers_of_its_depth(arguments, linears):
+    expert = Expert(12, 12, 20, **arguments)
+    assert {name: tuple(linear.weight.shape) for name, linear in expert.named_children()} == linears
+    assert (expert.up.bias is not None) == (arguments.get("depth") == 2)
+
+
+def test_an_expert_computes_swiglu_gate_first():
+    expert = Expert(3, 3, 4)
+    x = torch.randn(2, 3)
+    gate, up = (x @ expert.up.weight.T).split(4, dim=-1)
+    torch.testing.assert_close(expert(x), (F.silu(gate) * up) @ expert.down.weight.T)
+
+
+def test_an_expert_of_two_hidden_layers_cannot_be_gated():
+    with pytest.raises(ValueError, match="depth=2 needs a plain activation"):
+        Expert(3, 3, 4, activation="swiglu", depth=2)

@@ -1,0 +1,153 @@
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_gpu.results import (
+    BenchmarkRow,
+    Ceiling,
+    ExpertLoadRow,
+    Machine,
+    ResultsError,
+    TrainingRow,
+    describe_machine,
+    from_json,
+    percentile,
+    read_rows,
+    select,
+    to_json,
+    write_atomically,
+    write_rows,
+)
+
+ROWS = [
+    Machine("a CPU", "cpu", "3.11", "2.13", "Linux", "2026-11-01T00:00:00+00:00"),
+    Ceiling("matmul", "float32", 1e11, "FLOP/s", "a product"),
+    BenchmarkRow(
+        "torch_loop", "ok", "small", 64, 8, 16, 8, 4, 2, "float32", "uniform", "forward", samples=3, p50_ms=1.5
+    ),
+    BenchmarkRow(
+        "moe_gpu", "unavailable", "small", 64, 8, 16, 8, 4, 2, "float32", "uniform", "forward", reason="no GPU"
+    ),
+    TrainingRow("demo", 10, 3.25, 1000, 1.5),
+    ExpertLoadRow("training", 0, 0, 4, [1, 2, 3, 2]),
+]
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    path = tmp_path / "results.jsonl"
+    write_rows(path, ROWS)
+    return path
+
+
+def test_rows_survive_the_file(saved):
+    assert read_rows(saved) == ROWS
+    assert [json.loads(line)["kind"] for line in saved.read_text().splitlines()] == [row.kind for row in ROWS]
+
+
+def test_what_was_not_measured_is_null(saved):
+    loop = json.loads(saved.read_text().splitlines()[2])
+    assert loop["energy_j_per_token"] is None
+    assert loop["p50_ms"] == 1.5
+
+
+def test_nan_is_refused_rather_than_written():
+    with pytest.raises(ValueError, match="JSON"):
+        to_json(TrainingRow("demo", 1, float("nan"), 1, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"kind": "benchm', "not JSON"),
+        ("[1, 2]", "not a result row"),
+        ('{"kind": "weather"}', "'kind' must be one of machine, ceiling, benchmark, training, expert_load"),
+        ('{"kind": "ceiling", "name": "copy"}', "incomplete ceiling row"),
+        ('{"kind": "training", "mood": 1}', "unknown field 'mood' in a training row"),
+        ("17", "not a result row"),
+    ],
+)
+def test_a_damaged_line_is_refused_by_name(text, message, saved):
+    with pytest.raises(ResultsError) as caught:
+        from_json(text)
+    assert message in str(caught.value)
+    saved.write_text(saved.read_text() + text)
+    with pytest.raises(ResultsError) as caught:
+        read_rows(saved)
+    assert f"{saved}:7: " in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_cut_short_is_refused(saved):
+    content = saved.read_bytes()
+    saved.write_bytes(content[: len(content) - 20])
+    with pytest.raises(ResultsError, match=":6: not JSON"):
+        read_rows(saved)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "No such file"), (b"", "holds no rows"), (b"\n\n", "holds no rows"), (b"\x80\x81PK\x00", "is not text")],
+)
+def test_a_file_that_is_missing_empty_or_binary_is_refused(content, message, tmp_path):
+    path = tmp_path / "results.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ResultsError, match=message):
+        read_rows(path)
+
+
+def test_a_folder_is_refused(tmp_path):
+    with pytest.raises(ResultsError, match="directory"):
+        read_rows(tmp_path)
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(saved, monkeypatch):
+    before = saved.read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(saved, b"new")
+    assert saved.read_bytes() == before
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+
+
+def test_an_unserialisable_row_leaves_the_old_file(saved):
+    before = saved.read_bytes()
+    with pytest.raises(ValueError, match="JSON"):
+        write_rows(saved, [TrainingRow("demo", 1, float("inf"), 1, 1.0)])
+    assert saved.read_bytes() == before
+
+
+def test_select_keeps_one_class_in_order():
+    assert select(ROWS, BenchmarkRow) == ROWS[2:4]
+
+
+def test_percentile_interpolates_between_order_statistics():
+    samples = [4.0, 1.0, 3.0, 2.0]
+    assert percentile(samples, 0) == 1.0
+    assert percentile(samples, 1) == 4.0
+    assert percentile(samples, 0.5) == 2.5
+    assert percentile(samples, 0.2) == pytest.approx(1.6)
+    assert percentile([7.0], 0.95) == 7.0
+
+
+def test_the_machine_is_described_as_it_is():
+    machine = describe_machine(torch.device("cpu"))
+    assert machine.device_type == "cpu"
+    assert machine.device
+    assert machine.torch == torch.__version__
+    assert machine.driver is None
+    assert machine.num_sms is None
+    assert machine.memory_bytes is None or machine.memory_bytes > 1 << 28
+
+
+def test_the_commit_can_be_named_from_outside(monkeypatch):
+    monkeypatch.setenv("MOE_GPU_COMMIT", "abc123")
+    assert describe_machine(torch.device("cpu")).commit == "abc123"
