@@ -31,7 +31,7 @@ class Routing:
     topk_weights_TK: float32 weights of the chosen experts.
     demand_P: int32 routes that asked for each expert; the last entry counts invalid routes.
     offsets_P: int32 first row of each expert; the last entry is the number of rows in use, at most R.
-    row_token_R: int32 token of each row; rows past the last offset belong to dropped routes.
+    row_route_R: int32 route `t * K + k` of each row; rows past the last offset belong to dropped routes.
     row_of_route_TK: int32 row of each route, INVALID where it is dropped.
     """
 
@@ -39,13 +39,18 @@ class Routing:
     topk_weights_TK: torch.Tensor
     demand_P: torch.Tensor
     offsets_P: torch.Tensor
-    row_token_R: torch.Tensor
+    row_route_R: torch.Tensor
     row_of_route_TK: torch.Tensor
 
     @property
     def counts_E(self) -> torch.Tensor:
         """int32 rows that each expert computes."""
         return self.offsets_P.diff()
+
+    @property
+    def row_token_R(self) -> torch.Tensor:
+        """int32 token of each row."""
+        return self.row_route_R // self.top_k
 
     @property
     def demand_E(self) -> torch.Tensor:
@@ -139,16 +144,17 @@ def topk_reference(
     num_experts = logits_TE.shape[1]
     router.validate_for(num_experts, top_k)
     logits = logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
+    numbers = logits if router.score_function == "sigmoid" else torch.softmax(logits.detach(), dim=-1)
+    invalid = torch.isnan(numbers).any(-1, keepdim=True)
+    logits = logits.masked_fill(invalid, 0)
     if router.score_function == "sigmoid":
         scores = torch.sigmoid(logits)
     elif router.softmax_after_topk:
         scores = logits
     else:
         scores = torch.softmax(logits, dim=-1)
-    numbers = logits if router.score_function == "sigmoid" else torch.softmax(logits.detach(), dim=-1)
-    invalid = torch.isnan(numbers).any(-1, keepdim=True)
-
-    choice = torch.nan_to_num(scores.detach(), nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+    # Without a bias and groups the order of the scores is that of the logits, and the logits carry no rounding.
+    choice = (logits if bias_E is None and router.n_group == 1 else scores).detach()
     if bias_E is not None:
         choice = choice + bias_E.to(choice.dtype)
     if router.n_group > 1:
@@ -164,13 +170,13 @@ def topk_reference(
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
     weights = weights * router.routed_scaling_factor
     ids = ids.masked_fill(invalid, INVALID).to(torch.int32)
-    return ids, torch.where(invalid, torch.zeros_like(weights), weights)
+    return ids, weights.masked_fill(invalid, 0)
 
 
 def sort_routes_reference(
     topk_ids_TK: torch.Tensor, num_experts: int, capacity: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows by expert, stable in token order: (demand_P, offsets_P, row_token_R, row_of_route_TK), all int32.
+    """Rows by expert, stable in token order: (demand_P, offsets_P, row_route_R, row_of_route_TK), all int32.
 
     An id outside [0, E) takes no row; neither does a route beyond the first `capacity` of its expert.
     """
@@ -191,10 +197,10 @@ def sort_routes_reference(
     overflow_first = offsets[-1] + overflow.cumsum(0) - overflow
     limit_of = torch.where(bins < num_experts, limit, 0)
     row = torch.where(kept_route, offsets[bins] + rank, overflow_first[bins] + rank - limit_of)
-    row_token = torch.empty_like(order)
-    row_token[row] = torch.arange(order.numel(), device=device) // max(top_k, 1)
+    row_route = torch.empty_like(order)
+    row_route[row] = torch.arange(order.numel(), device=device)
     row_of_route = torch.where(kept_route, row, INVALID).view(num_tokens, top_k)
-    return tuple(tensor.to(torch.int32) for tensor in (demand, offsets, row_token, row_of_route))
+    return demand.int(), offsets.int(), row_route.int(), row_of_route.int()
 
 
 def route_reference(
@@ -221,8 +227,6 @@ def combine_reference(y_RO: torch.Tensor, routing: Routing) -> torch.Tensor:
     row = routing.row_of_route_TK.long()
     kept = (row != INVALID).unsqueeze(-1)
     wide = torch.promote_types(y_RO.dtype, torch.float32)
-    if y_RO.shape[0] == 0:
-        return y_RO.new_zeros(row.shape[0], y_RO.shape[1])
     parts = y_RO[row.clamp(min=0)].to(wide) * routing.topk_weights_TK.to(wide).unsqueeze(-1)
     return torch.where(kept, parts, torch.zeros((), dtype=wide, device=y_RO.device)).sum(1).to(y_RO.dtype)
 

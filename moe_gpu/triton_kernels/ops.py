@@ -46,13 +46,26 @@ def choose_backend(device_type: str, device_index: int | None = None, use_triton
 class TritonExpertOps:
     """Every operation of a MoE layer on one device, by Triton kernels or by the plain reference.
 
-    `backend.name` and `backend.reason` say which and why. float64 tensors are served by the reference on any device,
-    as the kernels compute in float32, float16 and bfloat16.
+    `backend.name` and `backend.reason` say which and why. Tensors of another dtype than float32, float16 and bfloat16
+    are served by the reference on any device; `backend_for(dtype)` says so.
     """
 
     def __init__(self, device: torch.device | str, use_triton: bool = True) -> None:
         device = torch.device(device)
         self.backend = choose_backend(device.type, device.index, use_triton)
+        if self.backend.name == "triton":
+            from moe_gpu.triton_kernels import custom_ops
+
+            custom_ops.register()
+
+    def backend_for(self, dtype: torch.dtype) -> Backend:
+        """The backend that serves tensors of this dtype, and why."""
+        if self.backend.name == "triton" and dtype not in KERNEL_DTYPES:
+            return Backend("reference", f"the kernels do not compute in {dtype}")
+        return self.backend
+
+    def _by_triton(self, tensor: torch.Tensor) -> bool:
+        return self.backend.name == "triton" and tensor.dtype in KERNEL_DTYPES
 
     def route(
         self,
@@ -66,26 +79,100 @@ class TritonExpertOps:
         if logits_TE.dim() != 2:
             raise ValueError(f"logits have shape {tuple(logits_TE.shape)}; expected (tokens, experts)")
         router.validate_for(logits_TE.shape[1], top_k)
-        return reference.route_reference(logits_TE, top_k, router, bias_E, capacity)
+        if not self._by_triton(logits_TE):
+            return reference.route_reference(logits_TE, top_k, router, bias_E, capacity)
+        weights_TK, ids_TK, *rows = torch.ops.moe_gpu.route(
+            logits_TE,
+            bias_E,
+            top_k,
+            router.score_function,
+            router.softmax_after_topk,
+            router.norm_topk_prob,
+            router.routed_scaling_factor,
+            router.n_group,
+            router.topk_group,
+            capacity,
+        )
+        return Routing(ids_TK, weights_TK, *rows)
 
     def sort_routes(
         self, topk_ids_TK: torch.Tensor, topk_weights_TK: torch.Tensor, num_experts: int, capacity: int | None = None
     ) -> Routing:
-        """A Routing from given choices, such as a replayed trace or another router's."""
+        """A Routing from given choices, such as a replayed trace or another router's; ids out of range are dropped."""
         if topk_ids_TK.shape != topk_weights_TK.shape or topk_ids_TK.dim() != 2:
             raise ValueError(
                 f"topk_ids {tuple(topk_ids_TK.shape)} and topk_weights {tuple(topk_weights_TK.shape)} "
                 "must both be (tokens, top_k)"
             )
-        sorted_routes = reference.sort_routes_reference(topk_ids_TK, num_experts, capacity)
-        return Routing(topk_ids_TK.to(torch.int32), topk_weights_TK, *sorted_routes)
+        ids_TK = topk_ids_TK.to(torch.int32)
+        if self.backend.name == "triton":
+            rows = torch.ops.moe_gpu.sort_routes(ids_TK, num_experts, capacity)
+        else:
+            rows = reference.sort_routes_reference(ids_TK, num_experts, capacity)
+        return Routing(ids_TK, topk_weights_TK.float(), *rows)
 
     def experts(
         self, x_TH: torch.Tensor, routing: Routing, weights: ExpertWeights, activation: str = "swiglu"
     ) -> torch.Tensor:
-        """The routed experts' weighted output, (T, O); differentiable in x, the routing weights and every weight."""
+        """The routed experts' weighted output, (T, O); differentiable in x, the routing weights and every weight.
+
+        Raises ValueError for tensors that do not fit together, with both sizes or dtypes.
+        """
         check_experts(x_TH, routing, weights, activation)
-        return reference.experts_reference(x_TH, routing, weights, activation)
+        if not self._by_triton(x_TH):
+            return reference.experts_reference(x_TH, routing, weights, activation)
+        w = weights
+        differentiable = (x_TH, routing.topk_weights_TK, w.up_EGH, w.down_EOI, w.mid_EII)
+        differentiable += (w.up_bias_EG, w.mid_bias_EI, w.down_bias_EO)
+        save = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable)
+        return torch.ops.moe_gpu.experts(
+            x_TH,
+            routing.topk_weights_TK,
+            routing.topk_ids_TK,
+            routing.row_route_R,
+            routing.row_of_route_TK,
+            routing.offsets_P,
+            w.up_EGH,
+            w.down_EOI,
+            w.mid_EII,
+            w.up_bias_EG,
+            w.mid_bias_EI,
+            w.down_bias_EO,
+            activation,
+            save,
+        )[0]
+
+    def permute(self, x_TH: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """Rows sorted by expert, (R, H), zero where no expert computes; differentiable in x."""
+        if not self._by_triton(x_TH):
+            return reference.permute_reference(x_TH, routing)
+        return torch.ops.moe_gpu.permute(x_TH, routing.row_route_R, routing.row_of_route_TK, routing.offsets_P)
+
+    def combine(self, y_RO: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """The weighted sum of each token's rows, (T, O); differentiable in y and the routing weights."""
+        if not self._by_triton(y_RO):
+            return reference.combine_reference(y_RO, routing)
+        return torch.ops.moe_gpu.combine(
+            y_RO, routing.topk_weights_TK, routing.row_route_R, routing.row_of_route_TK, routing.offsets_P
+        )
+
+    def grouped_gemm(
+        self,
+        a_RK: torch.Tensor,
+        w_ENK: torch.Tensor,
+        offsets_P: torch.Tensor,
+        bias_EN: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`a[rows of e] @ w[e].T + bias[e]`, (R, N), zero past the last offset; differentiable in a, w and bias."""
+        if a_RK.shape[1] != w_ENK.shape[2] or offsets_P.shape[0] != w_ENK.shape[0] + 1:
+            raise ValueError(
+                f"a {tuple(a_RK.shape)}, w {tuple(w_ENK.shape)} and {offsets_P.shape[0]} offsets do not fit together"
+            )
+        if a_RK.dtype != w_ENK.dtype:
+            raise ValueError(f"a is {a_RK.dtype} and w is {w_ENK.dtype}; convert one")
+        if not self._by_triton(a_RK):
+            return reference.grouped_gemm_reference(a_RK, w_ENK, offsets_P, bias_EN)
+        return torch.ops.moe_gpu.grouped_gemm(a_RK, w_ENK, bias_EN, offsets_P)
 
 
 def check_experts(x_TH: torch.Tensor, routing: Routing, weights: ExpertWeights, activation: str) -> None:

@@ -1,0 +1,367 @@
+"""The kernels as PyTorch operators `torch.ops.moe_gpu.*`, with shapes for tracing and with gradients.
+
+Registered by `register()` on first use, never by importing. Second derivatives are not provided: the backward operators
+have no gradient formula, so asking for one raises.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from moe_gpu.config import RouterConfig
+from moe_gpu.triton_kernels import routing
+from moe_gpu.triton_kernels.expert_mlp import expert_mlp_forward
+from moe_gpu.triton_kernels.gather_scatter import combine_forward, permute_forward, route_dot, weight_gradient
+from moe_gpu.triton_kernels.grouped_gemm import (
+    grad_bias,
+    grouped_gemm_forward,
+    grouped_gemm_grad_act,
+    grouped_gemm_grad_w,
+    num_sms,
+)
+from moe_gpu.triton_kernels.tuning import FUSED_MLP_MAX_ROWS_PER_EXPERT, gemm_config, mlp_config
+
+NAMESPACE = "moe_gpu"
+_ROUTER = (
+    "str score_function, bool softmax_after_topk, bool norm_topk_prob, float routed_scaling_factor, "
+    "int n_group, int topk_group"
+)
+_ROUTES = "Tensor row_route, Tensor row_of_route, Tensor offsets"
+_WEIGHTS = "Tensor up, Tensor down, Tensor? mid, Tensor? up_bias, Tensor? mid_bias, Tensor? down_bias, str activation"
+_SCHEMAS = {
+    "route": f"(Tensor logits, Tensor? bias, int top_k, {_ROUTER}, int? capacity)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "route_backward": f"(Tensor logits, Tensor ids, Tensor weights, Tensor grad_weights, {_ROUTER}) -> Tensor",
+    "sort_routes": "(Tensor ids, int num_experts, int? capacity) -> (Tensor, Tensor, Tensor, Tensor)",
+    "experts": f"(Tensor x, Tensor weights, Tensor ids, {_ROUTES}, {_WEIGHTS}, bool save) -> (Tensor, Tensor, Tensor)",
+    "experts_backward": f"(Tensor grad_out, Tensor x, Tensor weights, Tensor ids, {_ROUTES}, {_WEIGHTS}, Tensor h,"
+    " Tensor h2, bool need_x, bool need_weights) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "permute": f"(Tensor x, {_ROUTES}) -> Tensor",
+    "combine": f"(Tensor y, Tensor weights, {_ROUTES}) -> Tensor",
+    "combine_backward": f"(Tensor grad_out, Tensor y, Tensor weights, {_ROUTES}) -> (Tensor, Tensor)",
+    "sum_routes": "(Tensor y, Tensor row_of_route) -> Tensor",
+    "grouped_gemm": "(Tensor a, Tensor w, Tensor? bias, Tensor offsets) -> Tensor",
+    "grouped_gemm_backward": "(Tensor grad, Tensor a, Tensor w, Tensor? bias, Tensor offsets)"
+    " -> (Tensor, Tensor, Tensor)",
+}
+
+
+def _route(logits, bias, top_k, *rest):
+    *router, capacity = rest
+    ids, weights, *rows = routing.route_forward(logits, bias, top_k, RouterConfig(*router), capacity)
+    return weights, ids, *rows
+
+
+def _route_fake(logits, bias, top_k, *rest):
+    num_tokens, num_experts = logits.shape
+    ids = logits.new_empty(num_tokens, top_k, dtype=torch.int32)
+    weights = logits.new_empty(num_tokens, top_k, dtype=torch.float32)
+    return weights, ids, *_sort_routes_fake(ids, num_experts, None)
+
+
+def _route_backward(logits, ids, weights, grad_weights, *router):
+    return routing.route_backward(logits, ids, weights, grad_weights, RouterConfig(*router))
+
+
+def _route_backward_fake(logits, ids, weights, grad_weights, *router):
+    return logits.new_empty(logits.shape)
+
+
+def _sort_routes(ids, num_experts, capacity):
+    return routing.sort_routes(ids, num_experts, capacity)
+
+
+def _sort_routes_fake(ids, num_experts, capacity):
+    bins = ids.new_empty(num_experts + 1)
+    rows = ids.new_empty(ids.shape[0] * ids.shape[1])
+    return bins, torch.empty_like(bins), rows, ids.new_empty(ids.shape)
+
+
+def _experts(
+    x, weights, ids, row_route, row_of_route, offsets, up, down, mid, up_bias, mid_bias, down_bias, activation, save
+):
+    num_rows, num_experts, top_k = row_route.shape[0], up.shape[0], ids.shape[1]
+    nothing = x.new_empty(0)
+    few = num_rows <= FUSED_MLP_MAX_ROWS_PER_EXPERT * num_experts
+    if few and not save and mid is None and (up_bias is None) == (down_bias is None):
+        tile = mlp_config(x.dtype, down.shape[2], num_rows, num_experts, num_sms(x.device))
+        y = expert_mlp_forward(x, row_route, offsets, top_k, up, down, activation, tile, up_bias, down_bias)
+        return combine_forward(y, row_of_route, weights, x.dtype), nothing, torch.empty_like(nothing)
+    tile = gemm_config("up", x.dtype, num_rows, num_experts)
+    a, h = grouped_gemm_forward(
+        x,
+        up,
+        offsets,
+        num_rows,
+        tile,
+        route_R=row_route,
+        top_k=top_k,
+        activation=activation,
+        bias_EN=up_bias,
+        save_h=save,
+    )
+    tile = gemm_config("down", x.dtype, num_rows, num_experts)
+    h2 = None
+    if mid is not None:
+        a, h2 = grouped_gemm_forward(
+            a, mid, offsets, num_rows, tile, activation=activation, bias_EN=mid_bias, save_h=save
+        )
+    y, _ = grouped_gemm_forward(a, down, offsets, num_rows, tile, bias_EN=down_bias)
+    out = combine_forward(y, row_of_route, weights, x.dtype)
+    return out, nothing if h is None else h, torch.empty_like(nothing) if h2 is None else h2
+
+
+def _experts_fake(
+    x, weights, ids, row_route, row_of_route, offsets, up, down, mid, up_bias, mid_bias, down_bias, activation, save
+):
+    out = x.new_empty(x.shape[0], down.shape[1])
+    h = x.new_empty(row_route.shape[0], up.shape[1]) if save else x.new_empty(0)
+    h2 = x.new_empty(row_route.shape[0], mid.shape[1]) if save and mid is not None else x.new_empty(0)
+    return out, h, h2
+
+
+def _experts_backward(
+    grad_out,
+    x,
+    weights,
+    ids,
+    row_route,
+    row_of_route,
+    offsets,
+    up,
+    down,
+    mid,
+    up_bias,
+    mid_bias,
+    down_bias,
+    activation,
+    h,
+    h2,
+    need_x,
+    need_weights,
+):
+    num_rows, num_experts, top_k = row_route.shape[0], up.shape[0], ids.shape[1]
+
+    def tile(kind):
+        return gemm_config(kind, x.dtype, num_rows, num_experts)
+
+    def absent():
+        return x.new_empty(0)
+
+    route = {"route_R": row_route}
+    grad_out = grad_out.contiguous()
+    grad_down = grad_up = grad_mid = grad_up_bias = grad_mid_bias = grad_down_bias = None
+    grad_h, act, partials = grouped_gemm_grad_act(
+        grad_out,
+        down.transpose(1, 2),
+        h if mid is None else h2,
+        activation,
+        offsets,
+        tile("grad_act"),
+        route_weight_TK=weights,
+        **route,
+    )
+    if need_weights:
+        grad_down = grouped_gemm_grad_w(
+            grad_out, act, torch.empty_like(down), offsets, tile("grad_w"), top_k=top_k, gather_d=True, **route
+        )
+        if down_bias is not None:
+            grad_down_bias = grad_bias(grad_out, down_bias, offsets, route_weight_TK=weights, **route)
+    if mid is not None:
+        grad_h2 = grad_h
+        grad_h, act, _ = grouped_gemm_grad_act(grad_h2, mid.transpose(1, 2), h, activation, offsets, tile("grad_act"))
+        if need_weights:
+            grad_mid = grouped_gemm_grad_w(grad_h2, act, torch.empty_like(mid), offsets, tile("grad_w"))
+            if mid_bias is not None:
+                grad_mid_bias = grad_bias(grad_h2, mid_bias, offsets)
+    del act
+    if need_weights:
+        grad_up = grouped_gemm_grad_w(
+            grad_h, x, torch.empty_like(up), offsets, tile("grad_w"), top_k=top_k, gather_a=True, **route
+        )
+        if up_bias is not None:
+            grad_up_bias = grad_bias(grad_h, up_bias, offsets)
+    grad_x = None
+    if need_x:
+        grad_rows, _ = grouped_gemm_forward(grad_h, up.transpose(1, 2), offsets, num_rows, tile("grad_x"))
+        grad_x = combine_forward(grad_rows, row_of_route, None, x.dtype)
+    grad_weights = weight_gradient(partials, row_of_route, ids, grad_out, down_bias)
+    grads = (grad_x, grad_weights, grad_up, grad_down, grad_mid, grad_up_bias, grad_mid_bias, grad_down_bias)
+    return tuple(absent() if grad is None else grad for grad in grads)
+
+
+def _experts_backward_fake(
+    grad_out,
+    x,
+    weights,
+    ids,
+    row_route,
+    row_of_route,
+    offsets,
+    up,
+    down,
+    mid,
+    up_bias,
+    mid_bias,
+    down_bias,
+    activation,
+    h,
+    h2,
+    need_x,
+    need_weights,
+):
+    def like(tensor, needed=need_weights):
+        return torch.empty_like(tensor) if needed and tensor is not None else x.new_empty(0)
+
+    grad_x = x.new_empty(x.shape) if need_x else x.new_empty(0)
+    biases = (
+        bias.new_empty(bias.shape) if need_weights and bias is not None else x.new_empty(0)
+        for bias in (up_bias, mid_bias, down_bias)
+    )
+    return grad_x, weights.new_empty(weights.shape, dtype=torch.float32), like(up), like(down), like(mid), *biases
+
+
+def _permute(x, row_route, row_of_route, offsets):
+    return permute_forward(x, row_route, offsets, row_of_route.shape[1])
+
+
+def _permute_fake(x, row_route, row_of_route, offsets):
+    return x.new_empty(row_route.shape[0], x.shape[1])
+
+
+def _combine(y, weights, row_route, row_of_route, offsets):
+    return combine_forward(y, row_of_route, weights, y.dtype)
+
+
+def _combine_fake(y, weights, row_route, row_of_route, offsets):
+    return y.new_empty(row_of_route.shape[0], y.shape[1])
+
+
+def _combine_backward(grad_out, y, weights, row_route, row_of_route, offsets):
+    grad_y = permute_forward(grad_out, row_route, offsets, row_of_route.shape[1], weights)
+    return grad_y, route_dot(y, grad_out, row_of_route)
+
+
+def _combine_backward_fake(grad_out, y, weights, row_route, row_of_route, offsets):
+    return y.new_empty(y.shape), weights.new_empty(weights.shape, dtype=torch.float32)
+
+
+def _sum_routes(y, row_of_route):
+    return combine_forward(y, row_of_route, None, y.dtype)
+
+
+def _sum_routes_fake(y, row_of_route):
+    return y.new_empty(row_of_route.shape[0], y.shape[1])
+
+
+def _grouped_gemm(a, w, bias, offsets):
+    tile = gemm_config("down", a.dtype, a.shape[0], w.shape[0])
+    out, _ = grouped_gemm_forward(a, w, offsets, a.shape[0], tile, bias_EN=bias, zero_tail=True)
+    return out
+
+
+def _grouped_gemm_fake(a, w, bias, offsets):
+    return a.new_empty(a.shape[0], w.shape[1])
+
+
+def _grouped_gemm_backward(grad, a, w, bias, offsets):
+    num_rows, num_experts = a.shape[0], w.shape[0]
+    tile = gemm_config("grad_x", a.dtype, num_rows, num_experts)
+    grad_a, _ = grouped_gemm_forward(grad, w.transpose(1, 2), offsets, num_rows, tile, zero_tail=True)
+    tile = gemm_config("grad_w", a.dtype, num_rows, num_experts)
+    grad_w = grouped_gemm_grad_w(grad, a, torch.empty_like(w), offsets, tile)
+    return grad_a, grad_w, a.new_empty(0) if bias is None else grad_bias(grad, bias, offsets)
+
+
+def _grouped_gemm_backward_fake(grad, a, w, bias, offsets):
+    grad_bias_ = a.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    return a.new_empty(a.shape), torch.empty_like(w), grad_bias_
+
+
+def _save_route(ctx, inputs, output):
+    logits, _, _, *rest = inputs
+    ctx.save_for_backward(logits, output[1], output[0])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.router = rest[:-1]
+
+
+def _grad_route(ctx, grad_weights, *_integers):
+    logits, ids, weights = ctx.saved_tensors
+    grad = None
+    if grad_weights is not None:
+        grad = torch.ops.moe_gpu.route_backward(logits, ids, weights, grad_weights, *ctx.router)
+    return grad, None, None, *(None for _ in ctx.router), None
+
+
+def _save_experts(ctx, inputs, output):
+    *tensors, activation, save = inputs
+    _, h, h2 = output
+    if not save:
+        raise RuntimeError("moe_gpu::experts was called with save=False, which keeps nothing for a gradient")
+    ctx.mark_non_differentiable(h, h2)
+    ctx.save_for_backward(*tensors, h, h2)
+    ctx.activation = activation
+
+
+def _grad_experts(ctx, grad_out, _h, _h2):
+    *tensors, h, h2 = ctx.saved_tensors
+    need = ctx.needs_input_grad
+    need_weights = any(need[6:12])
+    grads = torch.ops.moe_gpu.experts_backward(grad_out, *tensors, ctx.activation, h, h2, need[0], need_weights)
+    grad_x, grad_weights, *grad_parameters = grads
+    parameters = tensors[6:12]
+    wanted = [grad if need[6 + i] and parameters[i] is not None else None for i, grad in enumerate(grad_parameters)]
+    return grad_x if need[0] else None, grad_weights, None, None, None, None, *wanted, None, None
+
+
+def _save_permute(ctx, inputs, output):
+    ctx.save_for_backward(inputs[2])
+
+
+def _grad_permute(ctx, grad):
+    (row_of_route,) = ctx.saved_tensors
+    return torch.ops.moe_gpu.sum_routes(grad.contiguous(), row_of_route), None, None, None
+
+
+def _save_combine(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _grad_combine(ctx, grad):
+    y, weights, row_route, row_of_route, offsets = ctx.saved_tensors
+    grad_y, grad_weights = torch.ops.moe_gpu.combine_backward(
+        grad.contiguous(), y, weights, row_route, row_of_route, offsets
+    )
+    return grad_y, grad_weights, None, None, None
+
+
+def _save_grouped_gemm(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _grad_grouped_gemm(ctx, grad):
+    a, w, bias, offsets = ctx.saved_tensors
+    grad_a, grad_w, grad_bias_ = torch.ops.moe_gpu.grouped_gemm_backward(grad.contiguous(), a, w, bias, offsets)
+    return grad_a, grad_w, None if bias is None else grad_bias_, None
+
+
+_AUTOGRAD = {
+    "route": (_grad_route, _save_route),
+    "experts": (_grad_experts, _save_experts),
+    "permute": (_grad_permute, _save_permute),
+    "combine": (_grad_combine, _save_combine),
+    "grouped_gemm": (_grad_grouped_gemm, _save_grouped_gemm),
+}
+
+
+@functools.cache
+def register() -> None:
+    """Define the operators, once a process."""
+    for name, schema in _SCHEMAS.items():
+        op = torch.library.custom_op(f"{NAMESPACE}::{name}", globals()[f"_{name}"], mutates_args=(), schema=schema)
+        op.register_fake(globals()[f"_{name}_fake"])
+        if name in _AUTOGRAD:
+            backward, setup_context = _AUTOGRAD[name]
+            op.register_autograd(backward, setup_context=setup_context)

@@ -1,0 +1,238 @@
+"""Rows to experts and back: permute, the weighted combine, and their gradients. float32 sums in a fixed order."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _combine_kernel(
+    y_ptr,  # (SPLITS, R, O)
+    row_of_route_ptr,  # (T, K) int32, negative where dropped
+    weight_ptr,  # (T, K) float32; unused unless WEIGHTED
+    out_ptr,  # (T, O)
+    O,  # noqa: E741
+    split_stride,
+    TOP_K: tl.constexpr,
+    SPLITS: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+):
+    """One program one token and BLOCK_O columns: the sum over its routes, k ascending, then over the splits."""
+    t = tl.program_id(0).to(tl.int64)
+    o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    total = tl.zeros((BLOCK_O,), tl.float32)
+    for k in range(TOP_K):
+        row = tl.load(row_of_route_ptr + t * TOP_K + k).to(tl.int64)
+        inside = (o < O) & (row >= 0)
+        y = tl.zeros((BLOCK_O,), tl.float32)
+        for split in range(SPLITS):
+            y += tl.load(y_ptr + split * split_stride + row * O + o, mask=inside, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            y = tl.where(inside, y * tl.load(weight_ptr + t * TOP_K + k), 0.0)
+        total += y
+    tl.store(out_ptr + t * O + o, total.to(out_ptr.dtype.element_ty), mask=o < O)
+
+
+@triton.jit
+def _permute_kernel(
+    x_ptr,  # (T, H)
+    route_ptr,  # (R,) int32
+    weight_ptr,  # (T, K) float32; unused unless WEIGHTED
+    used_ptr,  # () int32: rows in use
+    out_ptr,  # (R, H)
+    H,
+    x_stride,
+    TOP_K: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """One program one row and BLOCK_H columns: its token's row, or zeros past the rows in use."""
+    row = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    route = tl.load(route_ptr + row)
+    used = row < tl.load(used_ptr)
+    x = tl.load(x_ptr + (route // TOP_K).to(tl.int64) * x_stride + h, mask=(h < H) & used, other=0.0)
+    if WEIGHTED:
+        x = x.to(tl.float32) * tl.load(weight_ptr + route)
+        x = tl.where(used, x, 0.0)
+    tl.store(out_ptr + row * H + h, x.to(out_ptr.dtype.element_ty), mask=h < H)
+
+
+@triton.jit
+def _weight_grad_kernel(
+    partial_ptr,  # (R, TILES) float32
+    row_of_route_ptr,  # (T, K) int32
+    ids_ptr,  # (T, K) int32; unused unless HAS_BIAS
+    grad_out_ptr,  # (T, O); unused unless HAS_BIAS
+    bias_ptr,  # (E, O); unused unless HAS_BIAS
+    grad_weight_ptr,  # (T, K) float32
+    num_routes,
+    O,  # noqa: E741
+    grad_stride,
+    TOP_K: tl.constexpr,
+    TILES: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+):
+    """One program BLOCK routes: the sum of the row's partials, and <gradient, bias of its expert>."""
+    route = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(row_of_route_ptr + route, mask=route < num_routes, other=-1)
+    kept = row >= 0
+    total = tl.zeros((BLOCK,), tl.float32)
+    for tile in range(TILES):
+        total += tl.load(partial_ptr + row.to(tl.int64) * TILES + tile, mask=kept, other=0.0)
+    if HAS_BIAS:
+        expert = tl.load(ids_ptr + route, mask=kept, other=0).to(tl.int64)
+        token = (route // TOP_K).to(tl.int64)
+        for start in range(0, O, BLOCK_O):
+            o = start + tl.arange(0, BLOCK_O)
+            inside = kept[:, None] & (o < O)[None, :]
+            grad = tl.load(grad_out_ptr + token[:, None] * grad_stride + o[None, :], mask=inside, other=0.0)
+            bias = tl.load(bias_ptr + expert[:, None] * O + o[None, :], mask=inside, other=0.0)
+            total += tl.sum(grad.to(tl.float32) * bias.to(tl.float32), 1)
+    tl.store(grad_weight_ptr + route, total, mask=route < num_routes)
+
+
+@triton.jit
+def _route_dot_kernel(
+    y_ptr,  # (R, O)
+    grad_out_ptr,  # (T, O)
+    row_of_route_ptr,  # (T, K) int32
+    dot_ptr,  # (T, K) float32
+    O,  # noqa: E741
+    grad_stride,
+    TOP_K: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+):
+    """One program one route: <gradient of its token, its row>; 0 where dropped."""
+    route = tl.program_id(0).to(tl.int64)
+    row = tl.load(row_of_route_ptr + route).to(tl.int64)
+    total = tl.zeros((BLOCK_O,), tl.float32)
+    for start in range(0, O, BLOCK_O):
+        o = start + tl.arange(0, BLOCK_O)
+        inside = (o < O) & (row >= 0)
+        grad = tl.load(grad_out_ptr + route // TOP_K * grad_stride + o, mask=inside, other=0.0).to(tl.float32)
+        total += grad * tl.load(y_ptr + row * O + o, mask=inside, other=0.0).to(tl.float32)
+    tl.store(dot_ptr + route, tl.sum(total, 0))
+
+
+def _block(columns: int) -> int:
+    return min(1024, max(16, triton.next_power_of_2(columns)))
+
+
+def combine_forward(
+    y: torch.Tensor, row_of_route_TK: torch.Tensor, weight_TK: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """(T, O): each token's rows of y, weighted if weights are given; y is (R, O), or (S, R, O) with S partial sums."""
+    y = y.contiguous()
+    splits = y.shape[0] if y.dim() == 3 else 1
+    num_rows, columns = y.shape[-2:]
+    num_tokens, top_k = row_of_route_TK.shape
+    out = torch.empty(num_tokens, columns, dtype=dtype, device=y.device)
+    if num_tokens == 0:
+        return out
+    block = _block(columns)
+    _combine_kernel[(num_tokens, triton.cdiv(columns, block))](
+        y,
+        row_of_route_TK,
+        None if weight_TK is None else weight_TK.contiguous(),
+        out,
+        columns,
+        num_rows * columns,
+        TOP_K=top_k,
+        SPLITS=splits,
+        WEIGHTED=weight_TK is not None,
+        BLOCK_O=block,
+        num_warps=4,
+    )
+    return out
+
+
+def permute_forward(
+    x_TH: torch.Tensor,
+    row_route_R: torch.Tensor,
+    offsets_P: torch.Tensor,
+    top_k: int,
+    weight_TK: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """(R, H): each row's token of x, weighted if weights are given; zero in the rows that no expert computes."""
+    if x_TH.stride(-1) != 1:
+        x_TH = x_TH.contiguous()
+    num_rows, columns = row_route_R.shape[0], x_TH.shape[1]
+    out = torch.empty(num_rows, columns, dtype=x_TH.dtype, device=x_TH.device)
+    if num_rows == 0:
+        return out
+    block = _block(columns)
+    _permute_kernel[(num_rows, triton.cdiv(columns, block))](
+        x_TH,
+        row_route_R,
+        None if weight_TK is None else weight_TK.contiguous(),
+        offsets_P[-1:],
+        out,
+        columns,
+        x_TH.stride(0),
+        TOP_K=top_k,
+        WEIGHTED=weight_TK is not None,
+        BLOCK_H=block,
+        num_warps=4,
+    )
+    return out
+
+
+def weight_gradient(
+    partials: torch.Tensor,
+    row_of_route_TK: torch.Tensor,
+    ids_TK: torch.Tensor,
+    grad_out_TO: torch.Tensor,
+    down_bias_EO: torch.Tensor | None,
+) -> torch.Tensor:
+    """(T, K) float32 gradient of the routing weights from the partial sums of `grouped_gemm_grad_act`."""
+    grad = torch.empty(row_of_route_TK.shape, dtype=torch.float32, device=partials.device)
+    num_routes, columns = row_of_route_TK.numel(), grad_out_TO.shape[1]
+    if num_routes == 0:
+        return grad
+    if grad_out_TO.stride(-1) != 1:
+        grad_out_TO = grad_out_TO.contiguous()
+    _weight_grad_kernel[(triton.cdiv(num_routes, 64),)](
+        partials,
+        row_of_route_TK,
+        ids_TK,
+        grad_out_TO,
+        None if down_bias_EO is None else down_bias_EO.contiguous(),
+        grad,
+        num_routes,
+        columns,
+        grad_out_TO.stride(0),
+        TOP_K=row_of_route_TK.shape[1],
+        TILES=partials.shape[1],
+        HAS_BIAS=down_bias_EO is not None,
+        BLOCK=64,
+        BLOCK_O=64,
+        num_warps=4,
+    )
+    return grad
+
+
+def route_dot(y_RO: torch.Tensor, grad_out_TO: torch.Tensor, row_of_route_TK: torch.Tensor) -> torch.Tensor:
+    """(T, K) float32: <gradient of the token, row of the route>, the gradient of combine's weights."""
+    y_RO = y_RO.contiguous()
+    if grad_out_TO.stride(-1) != 1:
+        grad_out_TO = grad_out_TO.contiguous()
+    out = torch.empty(row_of_route_TK.shape, dtype=torch.float32, device=y_RO.device)
+    if out.numel():
+        _route_dot_kernel[(out.numel(),)](
+            y_RO,
+            grad_out_TO,
+            row_of_route_TK,
+            out,
+            y_RO.shape[1],
+            grad_out_TO.stride(0),
+            TOP_K=row_of_route_TK.shape[1],
+            BLOCK_O=_block(y_RO.shape[1]),
+            num_warps=4,
+        )
+    return out
