@@ -16,7 +16,7 @@ from moe_gpu.triton_kernels.grouped_gemm import _accumulate, _tile_ends, _tile_r
 from moe_gpu.triton_kernels.tuning import MlpConfig
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _expert_mlp_kernel(
     x_ptr,  # (T, H)
     route_ptr,  # (R,) int32
