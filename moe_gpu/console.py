@@ -1,0 +1,61 @@
+"""What a person at a terminal sees: a progress bar on stderr, and folders that are known to be writable before work."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+Progress = Callable[[int, int, str], None]
+"""`progress(done, total, what)`: how far a piece of work is."""
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[Progress]:
+    """A progress bar with time left on stderr; where stderr is no terminal, one line for each tenth of the work."""
+    if not sys.stderr.isatty():
+        yield _plain_progress(title)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (
+        TextColumn("{task.fields[title]}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Bar(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=None, title=title)
+        yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)
+
+
+def _plain_progress(title: str) -> Progress:
+    printed = -1
+
+    def report(done: int, total: int, what: str) -> None:
+        nonlocal printed
+        tenth = 10 * done // max(total, 1)
+        if tenth > printed:
+            printed = tenth
+            print(f"{title}: {done}/{total} {what}".rstrip(), file=sys.stderr, flush=True)
+
+    return report
+
+
+def writable_directory(path: str | Path) -> Path:
+    """The folder, made if need be, in which a file could be written just now; ValueError where none can."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write to {path}: {error.strerror}; choose another --output-dir") from error
+    return path
