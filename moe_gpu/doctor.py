@@ -56,8 +56,11 @@ def package_version(distribution: str) -> str | None:
 
 
 def module_found(module: str) -> bool:
-    """Whether a top-level module can be imported, without importing it."""
-    return importlib.util.find_spec(module) is not None
+    """Whether a module is installed, without importing it (only the packages that it lies in)."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:
+        return False
 
 
 def check_python() -> Check:
@@ -222,7 +225,7 @@ CHECKS: tuple[Callable[[], Check], ...] = (
     ),
     lambda: check_package(
         "triton_kernels",
-        "triton_kernels",
+        "triton_kernels.matmul",
         "triton_kernels",
         "peer triton_kernels",
         "install python/triton_kernels from Triton's repository (the name on PyPI is another project)",

@@ -1,0 +1,123 @@
+"""What `make run` and `make test` rest on: which PyTorch is installed, and that no failure is lost in the sum."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"scripts_{name}", ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def run_tests():
+    return load("run_tests")
+
+
+@pytest.fixture(scope="module")
+def install():
+    return load("install")
+
+
+def test_the_choice_of_pytorch(install):
+    assert install.packages(False, "linux", None) == ["torch==2.13.0", "numpy<2.4", "triton==3.6.0"]
+    assert install.packages(False, "darwin", None) == ["torch==2.13.0", "numpy<2.4"]
+    assert install.packages(True, "linux", None) == ["torch>=2.11", "numpy<2.4"]
+    assert install.packages(True, "linux", "torch==2.12.0 triton==3.6.0")[:2] == ["torch==2.12.0", "triton==3.6.0"]
+
+
+def test_a_python_without_ensurepip_is_told_the_remedy(install, monkeypatch, tmp_path):
+    monkeypatch.setattr(install.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"no ensurepip.*apt-get install python3-venv.*make PYTHON="):
+        install.create_venv(tmp_path / "venv")
+
+
+def test_an_old_python_is_told_the_remedy(install, monkeypatch):
+    monkeypatch.setattr(install.sys, "version_info", (3, 9, 0))
+    monkeypatch.setattr(install.sys, "argv", ["install.py", "--venv", "v", "--extras", "dev"])
+    with pytest.raises(SystemExit, match=r"Python 3\.9; 3\.10 or newer is needed"):
+        install.main()
+
+
+CASES = """
+import pytest
+def test_right(): pass
+def test_also_right(): pass
+def test_wrong(): assert False
+@pytest.mark.skip(reason="no GPU here")
+def test_skipped(): pass
+@pytest.fixture
+def broken(): raise OSError
+def test_error(broken): pass
+"""
+
+
+def test_every_outcome_is_counted(run_tests, tmp_path, capfd):
+    (tmp_path / "test_cases.py").write_text(CASES)
+    tally = run_tests.run_pytest("cases", [str(tmp_path), f"--rootdir={tmp_path}"], {})
+    assert (tally.passed, tally.failed, tally.skipped) == (2, 2, 1)
+    assert tally.skips == {("tests", "no GPU here"): 1}
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["import os\ndef test_right(): pass\ndef test_crash(): os._exit(11)\n", "import nothing_of_this_name\n", ""],
+)
+def test_a_process_that_dies_or_runs_nothing_is_a_failure(content, run_tests, tmp_path, capfd):
+    (tmp_path / "test_cases.py").write_text(content)
+    tally = run_tests.run_pytest("cases", [str(tmp_path), f"--rootdir={tmp_path}"], {})
+    assert tally.failed == 1
+
+
+def test_gpu_skips_are_counted_apart(run_tests, tmp_path):
+    path = tmp_path / "junit.xml"
+    skip = '<skipped type="pytest.skip" message="needs an NVIDIA GPU"/>'
+    path.write_text(
+        f'<testsuites><testsuite><testcase classname="tests.gpu.test_kernels">{skip}</testcase>'
+        f'<testcase classname="tests.test_model">{skip}</testcase></testsuite></testsuites>'
+    )
+    assert run_tests.read_junit(path).skips == {
+        ("GPU tests", "needs an NVIDIA GPU"): 1,
+        ("tests", "needs an NVIDIA GPU"): 1,
+    }
+
+
+def dry_run(*arguments, **environment):
+    done = subprocess.run(
+        ["make", "--dry-run", *arguments], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_make_installs_once_and_then_runs(tmp_path):
+    venv = tmp_path / "venv"
+    first = dry_run("test", f"VENV={venv}")
+    assert any("scripts/install.py" in line and "--extras dev" in line for line in first)
+    venv.mkdir()
+    for stamp in (".installed-test", ".installed-run"):
+        (venv / stamp).touch()
+    assert dry_run("test", f"VENV={venv}") == [f"{venv}/bin/python scripts/run_tests.py "]
+    assert dry_run("run", f"VENV={venv}") == [f"{venv}/bin/python -m moe_gpu demo --output-dir moe-gpu-output "]
+
+
+@pytest.mark.parametrize(("arguments", "environment"), [(["VENV="], {}), ([], {"MOE_GPU_NO_INSTALL": "1"})])
+def test_make_can_use_the_present_interpreter_and_install_nothing(arguments, environment):
+    assert dry_run("test", "PYTHON=python3", *arguments, **environment) == ["python3 scripts/run_tests.py "]
+
+
+def test_ci_runs_what_the_readme_says():
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    commands = [line for line in (ROOT / ".ci" / "run").read_text().splitlines() if not line.startswith("#")]
+    assert commands == ["set -euo pipefail", 'cd "$(dirname "${BASH_SOURCE[0]}")/.."', "make test"]
+    assert "make test" in (ROOT / "README.md").read_text()
