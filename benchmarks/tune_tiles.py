@@ -18,7 +18,7 @@ from dataclasses import asdict
 import torch
 
 from moe_gpu.config import PRESETS, MoEConfig
-from moe_gpu.triton_kernels import expert_mlp, grouped_gemm
+from moe_gpu.triton_kernels import expert_mlp, grouped_gemm, grouped_gemm_grad
 from moe_gpu.triton_kernels.ops import TritonExpertOps
 from moe_gpu.triton_kernels.tuning import GemmConfig, MlpConfig
 
@@ -48,20 +48,26 @@ def candidates(kind: str, rows_per_expert: float) -> list[GemmConfig | MlpConfig
         shapes = {
             "up": [(128, 128, 64, 8), (64, 128, 64, 4), (128, 64, 64, 4), (128, 64, 64, 8), (256, 64, 64, 8)],
             "down": [(128, 256, 64, 8), (128, 128, 64, 4), (128, 128, 64, 8), (256, 128, 64, 8), (64, 256, 64, 4)],
-            "grad_act": [(128, 128, 64, 8), (64, 128, 64, 4), (128, 256, 64, 8), (256, 128, 64, 8), (128, 128, 64, 4)],
-            "grad_x": [(128, 256, 64, 8), (128, 128, 64, 4), (128, 128, 64, 8), (256, 128, 64, 8), (64, 256, 64, 4)],
-            "grad_w": [(64, 128, 256, 8), (64, 256, 128, 8), (64, 128, 128, 4), (64, 128, 128, 8), (32, 128, 256, 8)],
+            "grad_act": [(128, 128, 64, 8), (64, 128, 64, 4), (128, 256, 64, 8), (256, 128, 64, 8)],
+            "grad_x": [(128, 256, 64, 8), (128, 128, 64, 4), (128, 128, 64, 8), (256, 128, 64, 8)],
+            "grad_w": [(64, 128, 128, 4), (64, 128, 256, 8), (64, 256, 128, 8), (128, 128, 128, 8), (32, 128, 256, 8)],
         }[kind]
-        for (m, n, k, warps), stages, group in itertools.product(shapes, (3, 4), (8, 16)):
-            shared = (m * k + n * k * (2 if gated else 1)) * 2 * stages if kind != "grad_w" else m * (n + k) * 2 * stages
+        for (m, n, k, warps), stages, group in itertools.product(shapes, (3, 4, 5), (8, 16)):
+            shared = (
+                (m * k + n * k * (2 if gated else 1)) * 2 * stages if kind != "grad_w" else m * (n + k) * 2 * stages
+            )
             if shared <= 225_000:
                 programs = 2 if shared <= 110_000 and warps == 4 else 1
                 found.append(GemmConfig(m, n, k, warps, stages, group, programs))
         return found
     rows = [16] if rows_per_expert <= 16 else [32, 64] if rows_per_expert <= 40 else [64, 128]
     if kind == "grad_w":
-        return [GemmConfig(m, n, k, w, s, 8, p) for m, (n, k, w), s, p in itertools.product(
-            (32, 64), ((128, 128, 4), (128, 256, 8), (64, 128, 4)), (2, 3), (1, 2))]
+        return [
+            GemmConfig(m, n, k, w, s, 8, p)
+            for m, (n, k, w), s, p in itertools.product(
+                (32, 64), ((128, 128, 4), (128, 256, 8), (64, 128, 4)), (2, 3), (1, 2)
+            )
+        ]
     for m, n, k, warps, stages in itertools.product(rows, (64, 128, 256), (64, 128), (4, 8), (3, 4, 5)):
         shared = (m * k + n * k * (2 if gated else 1)) * 2 * stages
         if shared <= 110_000 and n * m >= 1024 and not (gated and n > 128) and not (warps == 8 and n * m < 8192):
@@ -116,11 +122,18 @@ class Problem:
         elif self.kind == "grad_x":
             gg.grouped_gemm_forward(self.a, self.w.transpose(1, 2), r.offsets_P, self.rows, tile)
         elif self.kind == "grad_act":
-            gg.grouped_gemm_grad_act(
-                self.a, self.w.transpose(1, 2), self.h, "swiglu", r.offsets_P, tile, route_weight_TK=self.weights, **route
+            grouped_gemm_grad.grouped_gemm_grad_act(
+                self.a,
+                self.w.transpose(1, 2),
+                self.h,
+                "swiglu",
+                r.offsets_P,
+                tile,
+                route_weight_TK=self.weights,
+                **route,
             )
         elif self.kind == "grad_w":
-            gg.grouped_gemm_grad_w(
+            grouped_gemm_grad.grouped_gemm_grad_w(
                 self.a, self.x, self.grad_w, r.offsets_P, tile, top_k=c.top_k, gather_a=True, **route
             )
         else:
@@ -190,7 +203,9 @@ def main() -> None:
                 try:
                     ms = time_ms(lambda tile=tile, problem=problem: problem.run(tile))
                 except Exception as error:  # noqa: BLE001 - out of shared memory or registers: not a candidate here
-                    file.write(json.dumps({"kind": kind, "problem": name, **asdict(tile), "error": str(error)[:200]}) + "\n")
+                    file.write(
+                        json.dumps({"kind": kind, "problem": name, **asdict(tile), "error": str(error)[:200]}) + "\n"
+                    )
                     continue
                 results.append((ms, tile))
                 row = {"kind": kind, "problem": name, "ms": ms, "tflops": problem.flops / ms / 1e9, **asdict(tile)}

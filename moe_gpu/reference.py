@@ -3,7 +3,7 @@
 The symbol legend of the whole project. A tensor's name ends in its shape, a letter an axis:
 
     T tokens                     H input width               I intermediate width of an expert
-    E experts                    O output width (mostly H)   G rows of the first weight: 2I if gated (gate first), else I
+    E experts                    O output width (mostly H)   G rows of the first weight: 2I (gate, up) or I
     K experts chosen per token   R = T*K routed rows, sorted by expert, stable in token order
     P = E + 1                    boundaries of E segments, or E bins and one for routes that no expert can take
 

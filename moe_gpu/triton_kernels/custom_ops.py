@@ -14,13 +14,8 @@ from moe_gpu.config import RouterConfig
 from moe_gpu.triton_kernels import routing
 from moe_gpu.triton_kernels.expert_mlp import expert_mlp_forward
 from moe_gpu.triton_kernels.gather_scatter import combine_forward, permute_forward, route_dot, weight_gradient
-from moe_gpu.triton_kernels.grouped_gemm import (
-    grad_bias,
-    grouped_gemm_forward,
-    grouped_gemm_grad_act,
-    grouped_gemm_grad_w,
-    num_sms,
-)
+from moe_gpu.triton_kernels.grouped_gemm import grouped_gemm_forward, is_hopper, num_sms
+from moe_gpu.triton_kernels.grouped_gemm_grad import grad_bias, grouped_gemm_grad_act, grouped_gemm_grad_w
 from moe_gpu.triton_kernels.tuning import FUSED_MLP_MAX_ROWS_PER_EXPERT, gemm_config, mlp_config
 
 NAMESPACE = "moe_gpu"
@@ -46,6 +41,10 @@ _SCHEMAS = {
     "grouped_gemm_backward": "(Tensor grad, Tensor a, Tensor w, Tensor? bias, Tensor offsets)"
     " -> (Tensor, Tensor, Tensor)",
 }
+
+
+def _tile(kind, tensor, num_rows, num_experts):
+    return gemm_config(kind, tensor.dtype, num_rows, num_experts, is_hopper(tensor.device))
 
 
 def _route(logits, bias, top_k, *rest):
@@ -89,7 +88,7 @@ def _experts(
         tile = mlp_config(x.dtype, down.shape[2], num_rows, num_experts, num_sms(x.device))
         y = expert_mlp_forward(x, row_route, offsets, top_k, up, down, activation, tile, up_bias, down_bias)
         return combine_forward(y, row_of_route, weights, x.dtype), nothing, torch.empty_like(nothing)
-    tile = gemm_config("up", x.dtype, num_rows, num_experts)
+    tile = _tile("up", x, num_rows, num_experts)
     a, h = grouped_gemm_forward(
         x,
         up,
@@ -102,7 +101,7 @@ def _experts(
         bias_EN=up_bias,
         save_h=save,
     )
-    tile = gemm_config("down", x.dtype, num_rows, num_experts)
+    tile = _tile("down", x, num_rows, num_experts)
     h2 = None
     if mid is not None:
         a, h2 = grouped_gemm_forward(
@@ -145,7 +144,7 @@ def _experts_backward(
     num_rows, num_experts, top_k = row_route.shape[0], up.shape[0], ids.shape[1]
 
     def tile(kind):
-        return gemm_config(kind, x.dtype, num_rows, num_experts)
+        return _tile(kind, x, num_rows, num_experts)
 
     def absent():
         return x.new_empty(0)
@@ -257,7 +256,7 @@ def _sum_routes_fake(y, row_of_route):
 
 
 def _grouped_gemm(a, w, bias, offsets):
-    tile = gemm_config("down", a.dtype, a.shape[0], w.shape[0])
+    tile = _tile("down", a, a.shape[0], w.shape[0])
     out, _ = grouped_gemm_forward(a, w, offsets, a.shape[0], tile, bias_EN=bias, zero_tail=True)
     return out
 
@@ -268,9 +267,9 @@ def _grouped_gemm_fake(a, w, bias, offsets):
 
 def _grouped_gemm_backward(grad, a, w, bias, offsets):
     num_rows, num_experts = a.shape[0], w.shape[0]
-    tile = gemm_config("grad_x", a.dtype, num_rows, num_experts)
+    tile = _tile("grad_x", a, num_rows, num_experts)
     grad_a, _ = grouped_gemm_forward(grad, w.transpose(1, 2), offsets, num_rows, tile, zero_tail=True)
-    tile = gemm_config("grad_w", a.dtype, num_rows, num_experts)
+    tile = _tile("grad_w", a, num_rows, num_experts)
     grad_w = grouped_gemm_grad_w(grad, a, torch.empty_like(w), offsets, tile)
     return grad_a, grad_w, a.new_empty(0) if bias is None else grad_bias(grad, bias, offsets)
 

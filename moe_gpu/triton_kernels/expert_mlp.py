@@ -66,10 +66,20 @@ def _expert_mlp_kernel(
         b2_ptrs = b_ptrs
         if GATED:
             b2_ptrs = up + k[:, None] * up_stride_k + (i_safe + I)[None, :] * up_stride_n
-        acc = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
-        w_step = BLOCK_K * up_stride_k
         acc, acc2 = _accumulate(
-            a_ptrs, b_ptrs, b2_ptrs, i < I, w_step, H, acc, acc, BLOCK_K, EVEN_H, False, GATED, PRECISION
+            a_ptrs,
+            b_ptrs,
+            b2_ptrs,
+            i < I,
+            BLOCK_K * up_stride_k,
+            H,
+            BLOCK_M,
+            BLOCK_I,
+            BLOCK_K,
+            EVEN_H,
+            False,
+            GATED,
+            PRECISION,
         )
         halves: tl.constexpr = 2 if GATED else 1
         if HAS_BIAS:

@@ -157,11 +157,7 @@ class TritonExpertOps:
         )
 
     def grouped_gemm(
-        self,
-        a_RK: torch.Tensor,
-        w_ENK: torch.Tensor,
-        offsets_P: torch.Tensor,
-        bias_EN: torch.Tensor | None = None,
+        self, a_RK: torch.Tensor, w_ENK: torch.Tensor, offsets_P: torch.Tensor, bias_EN: torch.Tensor | None = None
     ) -> torch.Tensor:
         """`a[rows of e] @ w[e].T + bias[e]`, (R, N), zero past the last offset; differentiable in a, w and bias."""
         if a_RK.shape[1] != w_ENK.shape[2] or offsets_P.shape[0] != w_ENK.shape[0] + 1:

@@ -1,7 +1,7 @@
 """Every tile configuration: chosen from the kind of product, the dtype and the bucket of rows per expert, never timed.
 
-The tables were found on an H200 by `benchmarks/tune_tiles.py`; other GPUs of compute capability 8.0 and up run the same
-tiles with shared memory permitting. Buckets keep a change of T from compiling anew.
+The tables were found on an H200 with `benchmarks/tune_tiles.py`. Compute capability 8.x runs the same tiles but for the
+few that need Hopper's shared memory or registers. Buckets keep a change of T from compiling anew.
 """
 
 from __future__ import annotations
@@ -36,56 +36,70 @@ class MlpConfig:
     num_stages: int
 
 
-# kind -> {rows per expert up to: config}; the last entry serves everything above.
+KINDS = ("up", "down", "grad_act", "grad_x", "grad_w")
+_ANY = 1 << 62
+
+# kind -> {rows per expert up to: tile}
 _HALF: dict[str, dict[int, GemmConfig]] = {
     "up": {
         16: GemmConfig(16, 64, 128, 4, 4, programs_per_sm=2),
-        32: GemmConfig(32, 64, 128, 4, 4, programs_per_sm=2),
+        40: GemmConfig(32, 64, 64, 4, 4, programs_per_sm=2),
         96: GemmConfig(64, 64, 64, 4, 4, programs_per_sm=2),
-        1 << 31: GemmConfig(128, 128, 64, 8, 3),
+        512: GemmConfig(128, 128, 64, 8, 4, group_m=16),
+        _ANY: GemmConfig(128, 128, 64, 8, 3),
     },
     "down": {
         16: GemmConfig(16, 128, 128, 4, 4, programs_per_sm=2),
-        32: GemmConfig(32, 128, 128, 4, 4, programs_per_sm=2),
-        96: GemmConfig(64, 128, 64, 4, 4, programs_per_sm=2),
-        1 << 31: GemmConfig(128, 256, 64, 8, 3),
+        40: GemmConfig(32, 64, 128, 4, 4, programs_per_sm=2),
+        96: GemmConfig(64, 128, 64, 8, 4, programs_per_sm=2),
+        512: GemmConfig(128, 256, 64, 8, 4, group_m=16),
+        _ANY: GemmConfig(128, 256, 64, 8, 3, group_m=16),
     },
     "grad_act": {
-        32: GemmConfig(32, 64, 64, 4, 3, programs_per_sm=2),
-        96: GemmConfig(64, 64, 64, 4, 3, programs_per_sm=2),
-        1 << 31: GemmConfig(128, 128, 64, 8, 3),
+        96: GemmConfig(64, 64, 64, 4, 4, programs_per_sm=2),
+        512: GemmConfig(64, 128, 64, 4, 4, programs_per_sm=2),
+        _ANY: GemmConfig(128, 128, 64, 8, 4),
     },
-    "grad_x": {
-        32: GemmConfig(32, 128, 64, 4, 3, programs_per_sm=2),
-        96: GemmConfig(64, 128, 64, 4, 3, programs_per_sm=2),
-        1 << 31: GemmConfig(128, 256, 64, 8, 3),
-    },
+    "grad_x": {96: GemmConfig(64, 128, 64, 4, 4, programs_per_sm=2), _ANY: GemmConfig(128, 256, 64, 8, 4)},
     "grad_w": {
         96: GemmConfig(32, 128, 128, 4, 3, programs_per_sm=2),
-        1 << 31: GemmConfig(64, 128, 256, 8, 3),
+        _ANY: GemmConfig(64, 128, 128, 4, 3, programs_per_sm=2),
     },
+}
+_NARROWER_BEFORE_HOPPER = {
+    "up": GemmConfig(128, 64, 64, 8, 3),
+    "down": GemmConfig(128, 128, 64, 8, 3),
+    "grad_act": GemmConfig(64, 128, 64, 4, 3),
+    "grad_x": GemmConfig(128, 128, 64, 8, 3),
+    "grad_w": GemmConfig(32, 128, 128, 8, 3),
 }
 # Exact float32 runs on the plain cores: small tiles, whatever the load.
 _FLOAT32 = GemmConfig(32, 32, 32, 4, 2, programs_per_sm=4)
-_FLOAT32_GRAD_W = GemmConfig(32, 32, 32, 4, 2, programs_per_sm=4)
 
 FUSED_MLP_MAX_ROWS_PER_EXPERT = 4
 
 
-def gemm_config(kind: str, dtype: torch.dtype, num_rows: int, num_experts: int) -> GemmConfig:
-    """The tile for a product of `kind` (up, down, grad_act, grad_x, grad_w) over `num_rows` rows of all experts."""
-    if dtype == torch.float32:
-        return _FLOAT32_GRAD_W if kind == "grad_w" else _FLOAT32
-    rows_per_expert = num_rows / num_experts
+def half_tiles(kind: str, hopper: bool) -> dict[int, GemmConfig]:
+    """The 16-bit tiles of a kind: the largest bucket of rows per expert that each serves, and the tile."""
     table = _HALF[kind]
-    return next(config for limit, config in table.items() if rows_per_expert <= limit)
+    if hopper:
+        return table
+    return {limit: tile if limit <= 96 else _NARROWER_BEFORE_HOPPER[kind] for limit, tile in table.items()}
+
+
+def gemm_config(kind: str, dtype: torch.dtype, num_rows: int, num_experts: int, hopper: bool = True) -> GemmConfig:
+    """The tile for a product of `kind` (one of KINDS) over `num_rows` rows of all experts."""
+    if dtype == torch.float32:
+        return _FLOAT32
+    rows_per_expert = num_rows / num_experts
+    return next(tile for limit, tile in half_tiles(kind, hopper).items() if rows_per_expert <= limit)
 
 
 def mlp_config(dtype: torch.dtype, hidden_dim: int, num_rows: int, num_experts: int, num_sms: int) -> MlpConfig:
     """The tile of the fused expert MLP: slices of the intermediate narrow enough to give every SM work."""
+    if dtype == torch.float32:
+        return MlpConfig(16, 32, 32, 32, 4, 2)
     active = min(num_rows, num_experts)
-    block_i = 128
-    while block_i > 32 and active * -(-hidden_dim // block_i) < 2 * num_sms:
-        block_i //= 2
-    config = MlpConfig(16, block_i, 128, 128, 4, 4)
-    return replace(config, block_i=32, block_k=32, block_o=32, num_stages=2) if dtype == torch.float32 else config
+    narrow = active * -(-hidden_dim // 64) < num_sms
+    tile = MlpConfig(16, 64, 128, 128, 8, 3)
+    return replace(tile, block_i=32, num_warps=4) if narrow else tile

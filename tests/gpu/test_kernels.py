@@ -42,7 +42,9 @@ def test_experts(case, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("biased", [False, True], ids=["unbiased", "biased"])
 @pytest.mark.parametrize("router", cases.ROUTERS)
-@pytest.mark.parametrize("shape", [*cases.ROUTE_SHAPES.values(), (5000, 128, 8), (3000, 256, 8), (64, 512, 10)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [*cases.ROUTE_SHAPES.values(), (5000, 128, 8), (3000, 256, 8), (64, 512, 10)], ids=str
+)
 def test_route(shape, router, biased, dtype):
     cases.check_route(shape, cases.ROUTERS[router], biased, dtype, "cuda")
 
@@ -72,7 +74,7 @@ def make_layer(dtype: torch.dtype = torch.bfloat16, **changes) -> AdvancedMoELay
 
 @pytest.mark.parametrize("num_tokens", [1, 7, 64, 256, 3000])
 def test_whole_layer_in_a_graph_replays_with_other_routing(num_tokens):
-    layer = make_layer(profiler=None)
+    layer = make_layer()
     layer.profiler = ExpertProfiler(16)
     layer.profiler.attach("cuda")
     static = torch.randn(num_tokens, 256, device="cuda", dtype=torch.bfloat16)
