@@ -169,8 +169,9 @@ def check_experts(case: ExpertCase, dtype: torch.dtype, device: str, seed: int =
     out = ops.experts(x, routing, weights, case.activation)
     check_close(f"{case.name}: training forward", out.detach(), same, truth, dtype)
     with torch.no_grad():
-        out_inference = ops.experts(x, routing, weights, case.activation)
-        check_close(f"{case.name}: inference forward", out_inference, same, truth, dtype)
+        for fused in (False, True) if case.depth == 1 else (False,):
+            out_inference = ops.experts(x, routing, weights, case.activation, fused=fused)
+            check_close(f"{case.name}: inference forward, {fused=}", out_inference, same, truth, dtype)
     grads = torch.autograd.grad(out, tensors, problem.grad_TO)
     names = ["x", "routing weights", "up", "down"]
     names += [name for name, w in (("mid", weights.mid_EII), ("up bias", weights.up_bias_EG)) if w is not None]

@@ -16,7 +16,7 @@ from moe_gpu.triton_kernels.expert_mlp import expert_mlp_forward
 from moe_gpu.triton_kernels.gather_scatter import combine_forward, permute_forward, route_dot, weight_gradient
 from moe_gpu.triton_kernels.grouped_gemm import grouped_gemm_forward, is_hopper, num_sms
 from moe_gpu.triton_kernels.grouped_gemm_grad import grad_bias, grouped_gemm_grad_act, grouped_gemm_grad_w
-from moe_gpu.triton_kernels.tuning import FUSED_MLP_MAX_ROWS_PER_EXPERT, gemm_config, mlp_config
+from moe_gpu.triton_kernels.tuning import gemm_config, mlp_config
 
 NAMESPACE = "moe_gpu"
 _ROUTER = (
@@ -30,7 +30,7 @@ _SCHEMAS = {
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "route_backward": f"(Tensor logits, Tensor ids, Tensor weights, Tensor grad_weights, {_ROUTER}) -> Tensor",
     "sort_routes": "(Tensor ids, int num_experts, int? capacity) -> (Tensor, Tensor, Tensor, Tensor)",
-    "experts": f"(Tensor x, Tensor weights, Tensor ids, {_ROUTES}, {_WEIGHTS}, bool save) -> (Tensor, Tensor, Tensor)",
+    "experts": f"(Tensor x, Tensor weights, Tensor ids, {_ROUTES}, {_WEIGHTS}, bool save, bool fused) -> (Tensor, Tensor, Tensor)",
     "experts_backward": f"(Tensor grad_out, Tensor x, Tensor weights, Tensor ids, {_ROUTES}, {_WEIGHTS}, Tensor h,"
     " Tensor h2, bool need_x, bool need_weights) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "permute": f"(Tensor x, {_ROUTES}) -> Tensor",
@@ -79,12 +79,25 @@ def _sort_routes_fake(ids, num_experts, capacity):
 
 
 def _experts(
-    x, weights, ids, row_route, row_of_route, offsets, up, down, mid, up_bias, mid_bias, down_bias, activation, save
+    x,
+    weights,
+    ids,
+    row_route,
+    row_of_route,
+    offsets,
+    up,
+    down,
+    mid,
+    up_bias,
+    mid_bias,
+    down_bias,
+    activation,
+    save,
+    fused,
 ):
     num_rows, num_experts, top_k = row_route.shape[0], up.shape[0], ids.shape[1]
     nothing = x.new_empty(0)
-    few = num_rows <= FUSED_MLP_MAX_ROWS_PER_EXPERT * num_experts
-    if few and not save and mid is None and (up_bias is None) == (down_bias is None):
+    if fused:
         tile = mlp_config(x.dtype, down.shape[2], num_rows, num_experts, num_sms(x.device))
         y = expert_mlp_forward(x, row_route, offsets, top_k, up, down, activation, tile, up_bias, down_bias)
         return combine_forward(y, row_of_route, weights, x.dtype), nothing, torch.empty_like(nothing)
@@ -113,7 +126,21 @@ def _experts(
 
 
 def _experts_fake(
-    x, weights, ids, row_route, row_of_route, offsets, up, down, mid, up_bias, mid_bias, down_bias, activation, save
+    x,
+    weights,
+    ids,
+    row_route,
+    row_of_route,
+    offsets,
+    up,
+    down,
+    mid,
+    up_bias,
+    mid_bias,
+    down_bias,
+    activation,
+    save,
+    fused,
 ):
     out = x.new_empty(x.shape[0], down.shape[1])
     h = x.new_empty(row_route.shape[0], up.shape[1]) if save else x.new_empty(0)
@@ -295,8 +322,9 @@ def _grad_route(ctx, grad_weights, *_integers):
 
 
 def _save_experts(ctx, inputs, output):
-    *tensors, activation, save = inputs
+    *tensors, activation, save, _fused = inputs
     _, h, h2 = output
+    ctx.set_materialize_grads(False)
     if not save:
         raise RuntimeError("moe_gpu::experts was called with save=False, which keeps nothing for a gradient")
     ctx.mark_non_differentiable(h, h2)
@@ -305,6 +333,8 @@ def _save_experts(ctx, inputs, output):
 
 
 def _grad_experts(ctx, grad_out, _h, _h2):
+    if grad_out is None:
+        return (None,) * 15
     *tensors, h, h2 = ctx.saved_tensors
     need = ctx.needs_input_grad
     need_weights = any(need[6:12])
@@ -312,7 +342,7 @@ def _grad_experts(ctx, grad_out, _h, _h2):
     grad_x, grad_weights, *grad_parameters = grads
     parameters = tensors[6:12]
     wanted = [grad if need[6 + i] and parameters[i] is not None else None for i, grad in enumerate(grad_parameters)]
-    return grad_x if need[0] else None, grad_weights, None, None, None, None, *wanted, None, None
+    return grad_x if need[0] else None, grad_weights, None, None, None, None, *wanted, None, None, None
 
 
 def _save_permute(ctx, inputs, output):

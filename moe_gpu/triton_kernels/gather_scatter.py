@@ -19,17 +19,21 @@ def _combine_kernel(
     SPLITS: tl.constexpr,
     WEIGHTED: tl.constexpr,
     BLOCK_O: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):
-    """One program one token and BLOCK_O columns: the sum over its routes, k ascending, then over the splits."""
+    """One program one token and BLOCK_O columns: the weighted sum over its routes, k ascending, of their split sums."""
     t = tl.program_id(0).to(tl.int64)
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     total = tl.zeros((BLOCK_O,), tl.float32)
     for k in range(TOP_K):
         row = tl.load(row_of_route_ptr + t * TOP_K + k).to(tl.int64)
         inside = (o < O) & (row >= 0)
-        y = tl.zeros((BLOCK_O,), tl.float32)
-        for split in range(SPLITS):
-            y += tl.load(y_ptr + split * split_stride + row * O + o, mask=inside, other=0.0).to(tl.float32)
+        if SPLITS == 1:
+            y = tl.load(y_ptr + row * O + o, mask=inside, other=0.0).to(tl.float32)
+        else:
+            split = tl.arange(0, BLOCK_S)
+            planes = y_ptr + split.to(tl.int64)[:, None] * split_stride + (row * O + o)[None, :]
+            y = tl.sum(tl.load(planes, mask=inside[None, :] & (split < SPLITS)[:, None], other=0.0), 0)
         if WEIGHTED:
             y = tl.where(inside, y * tl.load(weight_ptr + t * TOP_K + k), 0.0)
         total += y
@@ -120,8 +124,12 @@ def _route_dot_kernel(
     tl.store(dot_ptr + route, tl.sum(total, 0))
 
 
-def _block(columns: int) -> int:
-    return min(1024, max(16, triton.next_power_of_2(columns)))
+def _block(columns: int, num_rows: int = 1 << 30) -> int:
+    """Columns a program: up to 1024, fewer while the rows alone do not give every SM a program."""
+    block = min(1024, max(16, triton.next_power_of_2(columns)))
+    while block > 128 and num_rows * triton.cdiv(columns, block) < 256:
+        block //= 2
+    return block
 
 
 def combine_forward(
@@ -135,7 +143,7 @@ def combine_forward(
     out = torch.empty(num_tokens, columns, dtype=dtype, device=y.device)
     if num_tokens == 0:
         return out
-    block = _block(columns)
+    block = _block(columns, num_tokens) if splits == 1 else min(128, _block(columns))
     _combine_kernel[(num_tokens, triton.cdiv(columns, block))](
         y,
         row_of_route_TK,
@@ -147,6 +155,7 @@ def combine_forward(
         SPLITS=splits,
         WEIGHTED=weight_TK is not None,
         BLOCK_O=block,
+        BLOCK_S=triton.next_power_of_2(splits),
         num_warps=4,
     )
     return out

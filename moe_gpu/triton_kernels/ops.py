@@ -12,6 +12,7 @@ import torch
 from moe_gpu import reference
 from moe_gpu.config import ACTIVATIONS, RouterConfig
 from moe_gpu.reference import ExpertWeights, Routing
+from moe_gpu.triton_kernels import tuning
 
 MIN_CAPABILITY = (8, 0)
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -112,10 +113,17 @@ class TritonExpertOps:
         return Routing(ids_TK, topk_weights_TK.float(), *rows)
 
     def experts(
-        self, x_TH: torch.Tensor, routing: Routing, weights: ExpertWeights, activation: str = "swiglu"
+        self,
+        x_TH: torch.Tensor,
+        routing: Routing,
+        weights: ExpertWeights,
+        activation: str = "swiglu",
+        fused: bool | None = None,
     ) -> torch.Tensor:
         """The routed experts' weighted output, (T, O); differentiable in x, the routing weights and every weight.
 
+        fused: whether the fused expert MLP serves (no gradient, depth 1) or the grouped products do; None chooses by
+        the measured bound on rows per expert.
         Raises ValueError for tensors that do not fit together, with both sizes or dtypes.
         """
         check_experts(x_TH, routing, weights, activation)
@@ -125,6 +133,12 @@ class TritonExpertOps:
         differentiable = (x_TH, routing.topk_weights_TK, w.up_EGH, w.down_EOI, w.mid_EII)
         differentiable += (w.up_bias_EG, w.mid_bias_EI, w.down_bias_EO)
         save = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable)
+        fusable = not save and w.mid_EII is None and (w.up_bias_EG is None) == (w.down_bias_EO is None)
+        if fused and not fusable:
+            raise ValueError("fused=True needs inference (no gradient), depth 1 and both biases or none")
+        if fused is None:
+            few = routing.row_route_R.shape[0] <= tuning.FUSED_MLP_MAX_ROWS_PER_EXPERT * routing.num_experts
+            fused = fusable and few
         return torch.ops.moe_gpu.experts(
             x_TH,
             routing.topk_weights_TK,
@@ -140,6 +154,7 @@ class TritonExpertOps:
             w.down_bias_EO,
             activation,
             save,
+            fused,
         )[0]
 
     def permute(self, x_TH: torch.Tensor, routing: Routing) -> torch.Tensor:

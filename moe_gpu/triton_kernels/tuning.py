@@ -56,15 +56,12 @@ _HALF: dict[str, dict[int, GemmConfig]] = {
         _ANY: GemmConfig(128, 256, 64, 8, 3, group_m=16),
     },
     "grad_act": {
-        96: GemmConfig(64, 64, 64, 4, 4, programs_per_sm=2),
+        96: GemmConfig(64, 64, 64, 4, 5, programs_per_sm=2),
         512: GemmConfig(64, 128, 64, 4, 4, programs_per_sm=2),
-        _ANY: GemmConfig(128, 128, 64, 8, 4),
+        _ANY: GemmConfig(128, 256, 64, 8, 4),
     },
     "grad_x": {96: GemmConfig(64, 128, 64, 4, 4, programs_per_sm=2), _ANY: GemmConfig(128, 256, 64, 8, 4)},
-    "grad_w": {
-        96: GemmConfig(32, 128, 128, 4, 3, programs_per_sm=2),
-        _ANY: GemmConfig(64, 128, 128, 4, 3, programs_per_sm=2),
-    },
+    "grad_w": {96: GemmConfig(32, 128, 128, 4, 2, programs_per_sm=2), _ANY: GemmConfig(64, 128, 256, 8, 5)},
 }
 _NARROWER_BEFORE_HOPPER = {
     "up": GemmConfig(128, 64, 64, 8, 3),
@@ -101,5 +98,5 @@ def mlp_config(dtype: torch.dtype, hidden_dim: int, num_rows: int, num_experts: 
         return MlpConfig(16, 32, 32, 32, 4, 2)
     active = min(num_rows, num_experts)
     narrow = active * -(-hidden_dim // 64) < num_sms
-    tile = MlpConfig(16, 64, 128, 128, 8, 3)
+    tile = MlpConfig(16, 64, 128, 256, 8, 4)
     return replace(tile, block_i=32, num_warps=4) if narrow else tile
