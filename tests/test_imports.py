@@ -17,6 +17,7 @@ PACKAGE = ROOT / "moe_gpu"
 LEAVES = {"config", "reference", "results", "nvml"}
 MANAGERS = {"profiler", "gpu_slice_manager", "expert_cache", "cuda_graph_manager", "energy_monitor", "energy_model"}
 LAYERS = LEAVES | MANAGERS | {"triton_kernels", "expert_parallel", "model"}
+TOOLS = {"benchmark", "training", "plots", "report", "console"}
 
 # Room -> the rooms it may import (itself always). A room is a module of moe_gpu, or a folder of modules.
 ALLOWED = {
@@ -36,8 +37,9 @@ ALLOWED = {
     "report": LEAVES | {"plots"},
     "console": set(),
     "doctor": LAYERS | {"benchmark"},
-    "demo": LAYERS | {"benchmark", "training", "plots", "report", "doctor", "console"},
-    "cli": LAYERS | {"benchmark", "training", "plots", "report", "doctor", "console", "demo"},
+    "runs": LAYERS | TOOLS,
+    "demo": LAYERS | TOOLS | {"runs"},
+    "cli": LAYERS | TOOLS | {"runs", "doctor", "demo"},
     "__main__": {"cli"},
 }
 
