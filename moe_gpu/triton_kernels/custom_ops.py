@@ -16,7 +16,7 @@ from moe_gpu.triton_kernels.expert_mlp import expert_mlp_forward
 from moe_gpu.triton_kernels.gather_scatter import combine_forward, permute_forward, route_dot, weight_gradient
 from moe_gpu.triton_kernels.grouped_gemm import grouped_gemm_forward, is_hopper, num_sms
 from moe_gpu.triton_kernels.grouped_gemm_grad import grad_bias, grouped_gemm_grad_act, grouped_gemm_grad_w
-from moe_gpu.triton_kernels.tuning import gemm_config, mlp_config
+from moe_gpu.triton_kernels.tuning import gather_first, gemm_config, mlp_config
 
 NAMESPACE = "moe_gpu"
 _ROUTER = (
@@ -30,7 +30,8 @@ _SCHEMAS = {
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "route_backward": f"(Tensor logits, Tensor ids, Tensor weights, Tensor grad_weights, {_ROUTER}) -> Tensor",
     "sort_routes": "(Tensor ids, int num_experts, int? capacity) -> (Tensor, Tensor, Tensor, Tensor)",
-    "experts": f"(Tensor x, Tensor weights, Tensor ids, {_ROUTES}, {_WEIGHTS}, bool save, bool fused) -> (Tensor, Tensor, Tensor)",
+    "experts": f"(Tensor x, Tensor weights, Tensor ids, {_ROUTES}, {_WEIGHTS}, bool save, bool fused)"
+    " -> (Tensor, Tensor, Tensor)",
     "experts_backward": f"(Tensor grad_out, Tensor x, Tensor weights, Tensor ids, {_ROUTES}, {_WEIGHTS}, Tensor h,"
     " Tensor h2, bool need_x, bool need_weights) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "permute": f"(Tensor x, {_ROUTES}) -> Tensor",
@@ -189,10 +190,18 @@ def _experts_backward(
         route_weight_TK=weights,
         **route,
     )
+
+    def gathered_grad_w(d, a, like, gather_d):
+        """D^T A where one operand has a row per token: gathered inside the product, or before it if that is faster."""
+        if gather_first(like.shape[1], num_rows, num_experts):
+            rows = permute_forward(d if gather_d else a, row_route, offsets, top_k)
+            d, a = (rows, a) if gather_d else (d, rows)
+            return grouped_gemm_grad_w(d, a, torch.empty_like(like), offsets, tile("grad_w"))
+        gather = {"gather_d": gather_d, "gather_a": not gather_d, "top_k": top_k, **route}
+        return grouped_gemm_grad_w(d, a, torch.empty_like(like), offsets, tile("grad_w_gather"), **gather)
+
     if need_weights:
-        grad_down = grouped_gemm_grad_w(
-            grad_out, act, torch.empty_like(down), offsets, tile("grad_w"), top_k=top_k, gather_d=True, **route
-        )
+        grad_down = gathered_grad_w(grad_out, act, down, gather_d=True)
         if down_bias is not None:
             grad_down_bias = grad_bias(grad_out, down_bias, offsets, route_weight_TK=weights, **route)
     if mid is not None:
@@ -204,9 +213,7 @@ def _experts_backward(
                 grad_mid_bias = grad_bias(grad_h2, mid_bias, offsets)
     del act
     if need_weights:
-        grad_up = grouped_gemm_grad_w(
-            grad_h, x, torch.empty_like(up), offsets, tile("grad_w"), top_k=top_k, gather_a=True, **route
-        )
+        grad_up = gathered_grad_w(grad_h, x, up, gather_d=False)
         if up_bias is not None:
             grad_up_bias = grad_bias(grad_h, up_bias, offsets)
     grad_x = None
@@ -376,6 +383,8 @@ def _grad_grouped_gemm(ctx, grad):
     return grad_a, grad_w, None if bias is None else grad_bias_, None
 
 
+# Operators live as long as the library that defined them.
+_LIBRARIES: list[torch.library.Library] = []
 _AUTOGRAD = {
     "route": (_grad_route, _save_route),
     "experts": (_grad_experts, _save_experts),
@@ -387,10 +396,17 @@ _AUTOGRAD = {
 
 @functools.cache
 def register() -> None:
-    """Define the operators, once a process."""
+    """Define the operators, once a process.
+
+    Straight on the dispatcher: `torch.library.custom_op` adds checks to every call that cost more than our launches.
+    """
+    library = torch.library.Library(NAMESPACE, "DEF")
     for name, schema in _SCHEMAS.items():
-        op = torch.library.custom_op(f"{NAMESPACE}::{name}", globals()[f"_{name}"], mutates_args=(), schema=schema)
-        op.register_fake(globals()[f"_{name}_fake"])
+        library.define(name + schema)
+        for dispatch_key in ("CPU", "CUDA"):
+            library.impl(name, globals()[f"_{name}"], dispatch_key)
+        torch.library.register_fake(f"{NAMESPACE}::{name}", globals()[f"_{name}_fake"], lib=library)
         if name in _AUTOGRAD:
             backward, setup_context = _AUTOGRAD[name]
-            op.register_autograd(backward, setup_context=setup_context)
+            torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=library)
+    _LIBRARIES.append(library)

@@ -36,7 +36,7 @@ class MlpConfig:
     num_stages: int
 
 
-KINDS = ("up", "down", "grad_act", "grad_x", "grad_w")
+KINDS = ("up", "down", "grad_act", "grad_x", "grad_w", "grad_w_gather")
 _ANY = 1 << 62
 
 # kind -> {rows per expert up to: tile}
@@ -61,7 +61,16 @@ _HALF: dict[str, dict[int, GemmConfig]] = {
         _ANY: GemmConfig(128, 256, 64, 8, 4),
     },
     "grad_x": {96: GemmConfig(64, 128, 64, 4, 4, programs_per_sm=2), _ANY: GemmConfig(128, 256, 64, 8, 4)},
-    "grad_w": {96: GemmConfig(32, 128, 128, 4, 2, programs_per_sm=2), _ANY: GemmConfig(64, 128, 256, 8, 5)},
+    "grad_w": {
+        96: GemmConfig(32, 128, 128, 4, 2, programs_per_sm=2),
+        512: GemmConfig(64, 128, 128, 4, 3, programs_per_sm=2),
+        _ANY: GemmConfig(64, 128, 256, 8, 3),
+    },
+    "grad_w_gather": {
+        96: GemmConfig(32, 128, 128, 4, 2, programs_per_sm=2),
+        512: GemmConfig(64, 128, 128, 4, 4, programs_per_sm=2),
+        _ANY: GemmConfig(64, 128, 256, 8, 5),
+    },
 }
 _NARROWER_BEFORE_HOPPER = {
     "up": GemmConfig(128, 64, 64, 8, 3),
@@ -69,11 +78,22 @@ _NARROWER_BEFORE_HOPPER = {
     "grad_act": GemmConfig(64, 128, 64, 4, 3),
     "grad_x": GemmConfig(128, 128, 64, 8, 3),
     "grad_w": GemmConfig(32, 128, 128, 8, 3),
+    "grad_w_gather": GemmConfig(32, 128, 128, 8, 3),
 }
 # Exact float32 runs on the plain cores: small tiles, whatever the load.
 _FLOAT32 = GemmConfig(32, 32, 32, 4, 2, programs_per_sm=4)
 
-FUSED_MLP_MAX_ROWS_PER_EXPERT = 4
+# Up to how many rows per expert the fused expert MLP serves inference. 0: on an H200 the grouped products were faster
+# at every size measured, since the partial sums of the fused kernel cost more than the intermediate it saves.
+FUSED_MLP_MAX_ROWS_PER_EXPERT = 0
+
+
+def gather_first(width: int, num_rows: int, num_experts: int) -> bool:
+    """Whether a weight gradient of `width` rows gains by copying its gathered operand into order first.
+
+    Gathering inside the product costs a fifth of its rate on an H200; the copy costs reading and writing the rows.
+    """
+    return width >= 1024 and num_rows / num_experts > 96
 
 
 def half_tiles(kind: str, hopper: bool) -> dict[int, GemmConfig]:

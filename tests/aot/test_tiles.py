@@ -51,7 +51,7 @@ def test_gemm_tile(arch, kind, config):
         "TOP_K": 8,
         "GATHER": kind in ("up", "grad_act"),
         "GATHER_D": False,
-        "GATHER_A": True,
+        "GATHER_A": kind == "grad_w_gather",
         "GATED": kind in ("up", "grad_act"),
         "FUNCTION": "silu" if kind in ("up", "grad_act") else "none",
         "HAS_BIAS": False,
@@ -72,9 +72,10 @@ def test_gemm_tile(arch, kind, config):
     kernel = {
         "grad_act": grouped_gemm_grad._grouped_gemm_grad_act_kernel,
         "grad_w": grouped_gemm_grad._grouped_gemm_grad_w_kernel,
+        "grad_w_gather": grouped_gemm_grad._grouped_gemm_grad_w_kernel,
     }.get(kind, grouped_gemm._grouped_gemm_fwd_kernel)
     compiled = build(kernel, arch, constants, num_warps=config.num_warps, num_stages=config.num_stages)
-    rows = config.block_n if kind == "grad_w" else config.block_m
+    rows = config.block_n if kind.startswith("grad_w") else config.block_m
     check(compiled, arch, wgmma=arch >= 90 and rows >= 64)
 
 
