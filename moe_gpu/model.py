@@ -326,7 +326,7 @@ class AdvancedMoELayer(_MoEBase):
     @property
     def features(self) -> dict[str, Feature]:
         """What each flag came to on the layer's present device."""
-        backend = self.ops.backend
+        backend = self.ops.backend_for(self.gate_up_proj.dtype)
         features = {"triton": Feature(self.use_triton, backend.name == "triton", backend.reason)}
         features["profiler"] = Feature(
             self.profiler is not None, self.profiler is not None, "pass profiler=ExpertProfiler(...)"
@@ -361,5 +361,5 @@ class AdvancedMoELayer(_MoEBase):
             out_TO = out_TO + self.shared_expert(x_TH)
         if self.profiler is not None:
             self.profiler.record(routing.demand_P, self.layer_index)
-        stats = MoEStats(routing, logits_TE, ops.backend.name)
+        stats = MoEStats(routing, logits_TE, ops.backend_for(rows_TH.dtype).name)
         return out_TO.view(*x.shape[:-1], c.expert_dim), stats

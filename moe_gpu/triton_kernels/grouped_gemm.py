@@ -1,7 +1,7 @@
 """Grouped products over rows sorted by expert, and the parts that every kernel on such rows shares.
 
-Persistent: the grid is the number of programs that the device runs at once, and each walks over tiles of (rows, columns).
-Which expert a row tile belongs to is found from the offsets on the device, so nothing is read back and no list of tiles
+Persistent: the grid is the number of programs the device runs at once, and each walks over tiles of (rows, columns).
+Which expert a row tile belongs to is found from the offsets on the device: nothing is read back, no list of tiles
 is built. Rows past an expert's last are clamped on the way in and masked on the way out.
 """
 

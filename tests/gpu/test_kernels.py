@@ -8,6 +8,8 @@ import torch
 from moe_gpu.config import MoEConfig
 from moe_gpu.model import AdvancedMoELayer, MoELayer
 from moe_gpu.profiler import ExpertProfiler
+from moe_gpu.reference import ExpertWeights
+from moe_gpu.triton_kernels.ops import TritonExpertOps
 from tests import operator_cases as cases
 from tests.kernel_cases import EXPERT_CASES, ExpertCase, check_experts
 
@@ -154,3 +156,48 @@ def test_autocast_with_float32_weights():
     out.float().sum().backward()
     assert layer.gate_up_proj.grad.dtype == torch.float32
     torch.testing.assert_close(out.float(), layer(x)[0], atol=0.05, rtol=0.05)
+
+
+def check_tokens(x, ids, routing_weights, w, out, tokens) -> None:
+    """A few tokens of a layer too large for the reference, each against its own experts in float64."""
+    for token in tokens:
+        truth = torch.zeros(w.down_EOI.shape[1], dtype=torch.float64, device="cuda")
+        for expert, weight in zip(ids[token].tolist(), routing_weights[token].double(), strict=True):
+            gate, up = (w.up_EGH[expert].double() @ x[token].double()).chunk(2)
+            truth += weight * (w.down_EOI[expert].double() @ (torch.nn.functional.silu(gate) * up))
+        error = (out[token].double() - truth).abs().max()
+        assert error < 0.02 * truth.abs().max(), f"token {token}: {error}"
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "width", "hidden", "experts", "top_k"),
+    [
+        pytest.param(131072 + 24, 2048, 64, 16, 8, id="routed rows x width beyond 2^31"),
+        pytest.param(64, 4096, 4352, 128, 4, id="weights beyond 2^31"),
+    ],
+)
+def test_offsets_beyond_int32(num_tokens, width, hidden, experts, top_k):
+    assert max(num_tokens * top_k * width, experts * 2 * hidden * width) > 2**31
+    if torch.cuda.mem_get_info()[0] < 40e9:
+        pytest.skip("needs 40 GB of free GPU memory")
+    generator = torch.Generator(device="cuda").manual_seed(0)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+
+    x = randn(num_tokens, width).requires_grad_()
+    w = ExpertWeights(randn(experts, 2 * hidden, width) * width**-0.5, randn(experts, width, hidden) * hidden**-0.5)
+    ids = torch.rand(num_tokens, experts, generator=generator, device="cuda").topk(top_k).indices.int()
+    routing_weights = torch.rand(num_tokens, top_k, generator=generator, device="cuda")
+    ops = TritonExpertOps("cuda")
+    routing = ops.sort_routes(ids, routing_weights, experts)
+    tokens = [0, num_tokens // 2, num_tokens - 1]
+    with torch.no_grad():
+        check_tokens(x, ids, routing_weights, w, ops.experts(x, routing, w), tokens)
+    out = ops.experts(x, routing, w)
+    check_tokens(x, ids, routing_weights, w, out, tokens)
+    (grad,) = torch.autograd.grad(out, x, torch.ones_like(out))
+    small = x[tokens].detach().requires_grad_()
+    alone = ops.experts(small, ops.sort_routes(ids[tokens], routing_weights[tokens], experts), w)
+    (small_grad,) = torch.autograd.grad(alone, small, torch.ones_like(alone))
+    torch.testing.assert_close(grad[tokens], small_grad, atol=0.05, rtol=0.05)
