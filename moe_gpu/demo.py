@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +12,12 @@ import torch
 
 from moe_gpu.benchmark import MoEBenchmark, run_benchmarks
 from moe_gpu.benchmark.suite import choose_device
-from moe_gpu.benchmark.table import print_rows
 from moe_gpu.config import PRESETS, MoEConfig
 from moe_gpu.console import progress_bar, writable_directory
 from moe_gpu.plots import require_matplotlib
+from moe_gpu.plots.data import compare, gaps, tabulate
 from moe_gpu.profiler import RoutingTrace
-from moe_gpu.results import ExpertLoadRow, write_rows
+from moe_gpu.results import ExpertLoadRow, Row, write_rows
 from moe_gpu.runs import REPORT_FILE, RESULTS_FILE, draw_files, train_with_progress, training_config
 from moe_gpu.training import TrainConfig, record_trace
 
@@ -70,7 +71,7 @@ def run_demo(
 
     print("4/4 Drawing", flush=True)
     figures = draw_files(rows, directory)
-    print_rows(rows)
+    print_summary(rows)
     print(f"Open {(directory / REPORT_FILE).resolve()}")
     print(f"Every figure stands in {directory / RESULTS_FILE}; the routing in {directory / TRACE_FILE}.")
     return {
@@ -78,6 +79,36 @@ def run_demo(
         "held_out_loss_nats_per_byte": result.eval_loss,
         "files": [str(path) for path in (directory / RESULTS_FILE, directory / TRACE_FILE, *figures)],
     }
+
+
+def print_summary(rows: Sequence[Row]) -> None:
+    """One line for each layer, routing, pass and size: moe_gpu, the plain loop, and the fastest other provider."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title="Median ms of a call", title_justify="left")
+    for name in ("layer", "routing", "pass"):
+        table.add_column(name, no_wrap=True)
+    for name in ("tokens", "moe_gpu", "torch_loop"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("fastest other", overflow="fold")
+    results = tabulate(rows)
+    for point in compare(results):
+        facet, other = point.facet, point.rival
+        table.add_row(
+            facet.model if facet.model in PRESETS else f"{facet.model}, E={facet.num_experts}",
+            facet.routing,
+            {"forward": "fwd", "backward": "bwd", "forward+backward": "fwd+bwd"}[facet.mode],
+            str(point.num_tokens),
+            f"{point.ours.p50_ms:.3f}",
+            f"{point.baseline.p50_ms:.3f}" if point.baseline else "not measured",
+            f"{other.p50_ms:.3f} {other.provider}" if other else "not measured",
+        )
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
+    console.print(table)
+    for line in dict.fromkeys(f"not measured: {gap.provider}: {gap.why}" for gap in gaps(results)):
+        console.print(line, markup=False)
 
 
 def demo_config(device: str | None, data: Sequence[str | Path], seed: int, quick: bool) -> TrainConfig:
@@ -99,7 +130,7 @@ def demo_benchmarks(
         return MoEBenchmark(config=config, model=model, batch_sizes=batch_sizes, **common, **options)
 
     def with_trace(batch_sizes: tuple[int, ...], **options: Any) -> MoEBenchmark:
-        return layer(trained, "trained here", batch_sizes, routings=ROUTINGS, trace=trace, **options)
+        return layer(trained, "trained", batch_sizes, routings=ROUTINGS, trace=trace, **options)
 
     if quick:
         return [with_trace((256,))]
@@ -107,14 +138,14 @@ def demo_benchmarks(
     if not on_gpu:
         return [
             with_trace((64, 256, 1024), modes=BOTH_PASSES),
-            *(layer(config, "trained here", (256,)) for config in sweep),
+            *(layer(config, "trained", (256,)) for config in sweep),
             layer(PRESETS["small"], "small", (64, 256)),
         ]
     qwen3, olmoe = PRESETS["qwen3-30b-a3b"], PRESETS["olmoe-1b-7b"]
     skews = ("uniform", "zipf-1.2")
     return [
         with_trace((64, 1024, 8192), modes=BOTH_PASSES),
-        *(layer(config, "trained here", (1024,)) for config in sweep),
+        *(layer(config, "trained", (1024,)) for config in sweep),
         layer(qwen3, "qwen3-30b-a3b", (1, 8, 64, 256), launches=("eager", "graph")),
         layer(qwen3, "qwen3-30b-a3b", (4096,), routings=skews, modes=BOTH_PASSES),
         layer(olmoe, "olmoe-1b-7b", (64, 1024, 16384), routings=skews),

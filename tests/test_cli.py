@@ -1,8 +1,10 @@
 """The command line: every mistake is one line and status 2, nothing is overwritten, and the documents' examples run."""
 
 import json
+import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -239,6 +241,20 @@ def test_ctrl_c_is_status_130_and_says_what_is_kept(here, capsys, monkeypatch):
     assert main(["bench"]) == 130
     printed = capsys.readouterr()
     assert printed.err == "moe-gpu: interrupted; no results were written\n"
+
+
+def test_ctrl_c_in_training_leaves_a_checkpoint_that_resumes(here, capsys):
+    command = [sys.executable, "-m", "moe_gpu", "train", "--output-dir", "out", "--experts", "4", "--steps", "100000"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert process.stderr.readline().startswith("training: 1/100000")
+    process.send_signal(signal.SIGINT)
+    said = process.stderr.read()
+    assert process.wait() == 130
+    assert said.splitlines()[-1].startswith("moe-gpu: interrupted at step ")
+    assert "Traceback" not in said
+    step = int(re.search(r"at step (\d+) of", said).group(1))
+    assert main(["train", "--output-dir", "out", "--experts", "4", "--steps", str(step + 1), "--resume"]) == 0
+    assert "held-out loss" in capsys.readouterr().out
 
 
 def test_a_traceback_can_be_asked_for(here, monkeypatch):
