@@ -195,7 +195,7 @@ class MoELayer(_MoEBase):
         self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, capacity: int | None = None
     ) -> torch.Tensor:
         """The routed experts for given choices, one after another."""
-        out_TO = None
+        out_TO: torch.Tensor | None = None
         for expert in range(self.config.num_experts):
             token, k = torch.where(ids_TK == expert)
             token, k = token[:capacity], k[:capacity]
@@ -207,6 +207,7 @@ class MoELayer(_MoEBase):
             if out_TO is None:
                 out_TO = y.new_zeros(x_TH.shape[0], self.config.expert_dim)
             out_TO.index_add_(0, token, y * weights_TK[token, k].unsqueeze(-1).to(y.dtype))
+        assert out_TO is not None  # there is at least one expert
         return out_TO
 
     @staticmethod

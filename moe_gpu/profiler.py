@@ -95,6 +95,7 @@ class ExpertProfiler:
             raise ValueError(f"layer={layer} is outside the profiler's {self.num_layers} layers")
         if self._counter_LP is None:
             self.attach(demand_P.device)
+        assert self._counter_LP is not None
         self._counter_LP[layer].add_(demand_P)
         if not torch.compiler.is_compiling() and time.monotonic() - self._last_copy >= self.copy_interval_s:
             self.poll()
@@ -115,6 +116,7 @@ class ExpertProfiler:
             self._start_copy()
 
     def _start_copy(self) -> None:
+        assert self._counter_LP is not None
         self._last_copy = time.monotonic()
         self._pending.append((self._last_copy, AsyncCopy(self._counter_LP)))
 

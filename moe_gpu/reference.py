@@ -92,8 +92,11 @@ class ExpertWeights:
 
     def to(self, dtype: torch.dtype) -> ExpertWeights:
         """The same weights in another dtype (the same tensors where nothing changes)."""
-        tensors = (getattr(self, field.name) for field in fields(self))
-        return ExpertWeights(*(None if tensor is None else tensor.to(dtype) for tensor in tensors))
+        return ExpertWeights(*(None if tensor is None else tensor.to(dtype) for tensor in self.tensors()))
+
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """All weights in the order of the fields, None where there is none."""
+        return tuple(getattr(self, field.name) for field in fields(self))
 
 
 def apply_function(function: str, x: torch.Tensor) -> torch.Tensor:

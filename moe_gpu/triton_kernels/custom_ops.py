@@ -7,15 +7,24 @@ have no gradient formula, so asking for one raises.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from moe_gpu.config import RouterConfig
 from moe_gpu.triton_kernels import routing
 from moe_gpu.triton_kernels.expert_mlp import expert_mlp_forward
-from moe_gpu.triton_kernels.gather_scatter import combine_forward, permute_forward, route_dot, weight_gradient
+from moe_gpu.triton_kernels.gather_scatter import (
+    combine_forward,
+    grad_bias,
+    permute_forward,
+    route_dot,
+    weight_gradient,
+)
 from moe_gpu.triton_kernels.grouped_gemm import grouped_gemm_forward, is_hopper, num_sms
-from moe_gpu.triton_kernels.grouped_gemm_grad import grad_bias, grouped_gemm_grad_act, grouped_gemm_grad_w
+from moe_gpu.triton_kernels.grouped_gemm_grad import grouped_gemm_grad_act, grouped_gemm_grad_w
+from moe_gpu.triton_kernels.routing_grad import route_backward
 from moe_gpu.triton_kernels.tuning import gather_first, gemm_config, mlp_config
 
 NAMESPACE = "moe_gpu"
@@ -62,7 +71,7 @@ def _route_fake(logits, bias, top_k, *rest):
 
 
 def _route_backward(logits, ids, weights, grad_weights, *router):
-    return routing.route_backward(logits, ids, weights, grad_weights, RouterConfig(*router))
+    return route_backward(logits, ids, weights, grad_weights, RouterConfig(*router))
 
 
 def _route_backward_fake(logits, ids, weights, grad_weights, *router):
@@ -220,6 +229,7 @@ def _experts_backward(
     if need_x:
         grad_rows, _ = grouped_gemm_forward(grad_h, up.transpose(1, 2), offsets, num_rows, tile("grad_x"))
         grad_x = combine_forward(grad_rows, row_of_route, None, x.dtype)
+    assert partials is not None  # gathered, so there are some
     grad_weights = weight_gradient(partials, row_of_route, ids, grad_out, down_bias)
     grads = (grad_x, grad_weights, grad_up, grad_down, grad_mid, grad_up_bias, grad_mid_bias, grad_down_bias)
     return tuple(absent() if grad is None else grad for grad in grads)
@@ -385,7 +395,7 @@ def _grad_grouped_gemm(ctx, grad):
 
 # Operators live as long as the library that defined them.
 _LIBRARIES: list[torch.library.Library] = []
-_AUTOGRAD = {
+_AUTOGRAD: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "route": (_grad_route, _save_route),
     "experts": (_grad_experts, _save_experts),
     "permute": (_grad_permute, _save_permute),

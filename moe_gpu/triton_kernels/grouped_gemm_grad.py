@@ -1,4 +1,4 @@
-"""Gradients of the grouped products: through an activation, of the weights, and of the biases.
+"""Gradients of the grouped products: through an activation, and of the weights.
 
 The gradient of the rows is the forward product with the weights' axes exchanged (`grouped_gemm_forward`). Sums run in a
 fixed order in one program, so no atomics and the same bits on every run.
@@ -337,42 +337,6 @@ def _grouped_gemm_grad_w_kernel(
         tl.store(w_tile, acc.to(grad_w_ptr.dtype.element_ty), mask=(n < N)[:, None] & (k < K)[None, :])
 
 
-@triton.jit
-def _grad_bias_kernel(
-    d_ptr,  # (R, N), or (T, N) gathered by route and weighted if GATHER
-    route_ptr,
-    route_weight_ptr,
-    grad_bias_ptr,  # (E, N)
-    offsets_ptr,
-    N,
-    d_stride,
-    TOP_K: tl.constexpr,
-    GATHER: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """One program one expert and BLOCK_N columns: the sum of its rows."""
-    expert = tl.program_id(0)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    start = tl.load(offsets_ptr + expert)
-    end = tl.load(offsets_ptr + expert + 1)
-    total = tl.zeros((BLOCK_N,), tl.float32)
-    for first in range(start, end, BLOCK_M):
-        rows = first + tl.arange(0, BLOCK_M)
-        inside = (rows < end)[:, None] & (n < N)[None, :]
-        if GATHER:
-            route = tl.load(route_ptr + rows, mask=rows < end, other=0)
-            weight = tl.load(route_weight_ptr + route, mask=rows < end, other=0.0)
-            address = (route // TOP_K).to(tl.int64)[:, None] * d_stride + n[None, :]
-            d = tl.load(d_ptr + address, mask=inside, other=0.0).to(tl.float32) * weight[:, None]
-        else:
-            address = rows.to(tl.int64)[:, None] * d_stride + n[None, :]
-            d = tl.load(d_ptr + address, mask=inside, other=0.0).to(tl.float32)
-        total += tl.sum(d, 0)
-    out = grad_bias_ptr + expert.to(tl.int64) * N + n
-    tl.store(out, total.to(grad_bias_ptr.dtype.element_ty), mask=n < N)
-
-
 def grouped_gemm_grad_act(
     grad: torch.Tensor,
     w_ENK: torch.Tensor,
@@ -477,32 +441,3 @@ def grouped_gemm_grad_w(
         num_stages=config.num_stages,
     )
     return grad_w_ENK
-
-
-def grad_bias(
-    d: torch.Tensor,
-    bias_EN: torch.Tensor,
-    offsets_P: torch.Tensor,
-    *,
-    route_R: torch.Tensor | None = None,
-    route_weight_TK: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Gradient of a bias, (E, N): the sum of each expert's rows of d, gathered and weighted by route if given."""
-    d = row_contiguous(d)
-    num_experts, columns = bias_EN.shape
-    out = torch.empty(num_experts, columns, dtype=bias_EN.dtype, device=bias_EN.device)
-    block_n = 64
-    _grad_bias_kernel[(num_experts, triton.cdiv(columns, block_n))](
-        d,
-        route_R,
-        route_weight_TK,
-        out,
-        offsets_P,
-        columns,
-        d.stride(0),
-        TOP_K=1 if route_weight_TK is None else route_weight_TK.shape[1],
-        GATHER=route_R is not None,
-        BLOCK_M=64,
-        BLOCK_N=block_n,
-    )
-    return out

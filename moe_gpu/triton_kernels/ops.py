@@ -130,9 +130,8 @@ class TritonExpertOps:
         if not self._by_triton(x_TH):
             return reference.experts_reference(x_TH, routing, weights, activation)
         w = weights
-        differentiable = (x_TH, routing.topk_weights_TK, w.up_EGH, w.down_EOI, w.mid_EII)
-        differentiable += (w.up_bias_EG, w.mid_bias_EI, w.down_bias_EO)
-        save = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable)
+        leaves = (x_TH, routing.topk_weights_TK, *w.tensors())
+        save = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in leaves)
         fusable = not save and w.mid_EII is None and (w.up_bias_EG is None) == (w.down_bias_EO is None)
         if fused and not fusable:
             raise ValueError("fused=True needs inference (no gradient), depth 1 and both biases or none")

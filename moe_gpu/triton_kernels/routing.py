@@ -330,64 +330,6 @@ def _place_kernel(
         )
 
 
-@triton.jit(do_not_specialize=["T"])
-def _router_bwd_kernel(
-    logits_ptr,  # (T, E)
-    ids_ptr,  # (T, K) int32
-    weights_ptr,  # (T, K) float32
-    grad_weights_ptr,  # (T, K) float32
-    grad_logits_ptr,  # (T, E), dtype of the logits
-    T,
-    E,
-    scale,
-    logits_stride,
-    TOP_K: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    SIGMOID: tl.constexpr,
-    OVER_CHOSEN: tl.constexpr,
-    NORM: tl.constexpr,
-):
-    """One program BLOCK_T tokens: the exact gradient of the weights in all logits."""
-    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    e = tl.arange(0, BLOCK_E)[None, :]
-    inside = (t < T)[:, None] & (e < E)
-    address = t.to(tl.int64)[:, None] * logits_stride + e
-    x = tl.load(logits_ptr + address, mask=inside, other=float("-inf")).to(tl.float32)
-    slot = t.to(tl.int64) * TOP_K
-    dot = tl.zeros((BLOCK_T,), tl.float32)
-    chosen_grad = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
-    chosen_weight = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
-    chosen = (e + tl.zeros((BLOCK_T, 1), tl.int32)) < 0
-    for k in range(TOP_K):
-        expert = tl.load(ids_ptr + slot + k, mask=t < T, other=-1)
-        grad = tl.load(grad_weights_ptr + slot + k, mask=t < T, other=0.0)
-        weight = tl.load(weights_ptr + slot + k, mask=t < T, other=0.0)
-        at = e == expert[:, None]
-        dot += grad * weight
-        chosen = chosen | at
-        chosen_grad = tl.where(at, grad[:, None], chosen_grad)
-        chosen_weight = tl.where(at, weight[:, None], chosen_weight)
-    if OVER_CHOSEN:
-        grad_x = chosen_weight * (chosen_grad - dot[:, None] / scale)
-    elif SIGMOID:
-        scores = 1 / (1 + tl.exp(-x))
-        if NORM:
-            score_sum = tl.sum(tl.where(chosen, scores, 0.0), 1) + 1e-20
-            grad_scores = (chosen_grad * scale - dot[:, None]) / score_sum[:, None]
-        else:
-            grad_scores = chosen_grad * scale
-        grad_x = tl.where(chosen, grad_scores * scores * (1 - scores), 0.0)
-    else:
-        exps = tl.exp(x - tl.max(x, 1)[:, None])
-        scores = exps / tl.sum(exps, 1)[:, None]
-        grad_x = scores * (chosen_grad * scale - dot[:, None])
-    has_choice = tl.max(chosen.to(tl.int32), 1) > 0
-    grad_x = tl.where(has_choice[:, None], grad_x, 0.0)
-    out = t.to(tl.int64)[:, None] * E + e
-    tl.store(grad_logits_ptr + out, grad_x.to(grad_logits_ptr.dtype.element_ty), mask=inside)
-
-
 @dataclass(frozen=True)
 class _Blocks:
     """Block sizes of the routing kernels for one problem."""
@@ -418,7 +360,7 @@ class _Blocks:
         return cls(tokens, block_e, bins, triton.next_power_of_2(tokens * top_k), single)
 
 
-def _flags(router: RouterConfig) -> dict[str, bool]:
+def router_flags(router: RouterConfig) -> dict[str, bool]:
     softmax = router.score_function == "softmax"
     return {
         "SIGMOID": not softmax,
@@ -479,7 +421,7 @@ def _launch(
         HAS_LOGITS=logits_TE is not None,
         SINGLE=blocks.single,
         num_warps=blocks.num_warps,
-        **_flags(router),
+        **router_flags(router),
     )
     if not blocks.single:
         bins_per_program = 16
@@ -523,37 +465,3 @@ def sort_routes(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(demand_P, offsets_P, row_route_R, row_of_route_TK) of int32 choices made elsewhere."""
     return _launch(None, None, topk_ids_TK.contiguous(), None, num_experts, RouterConfig(), capacity)
-
-
-def route_backward(
-    logits_TE: torch.Tensor,
-    ids_TK: torch.Tensor,
-    weights_TK: torch.Tensor,
-    grad_weights_TK: torch.Tensor,
-    router: RouterConfig,
-) -> torch.Tensor:
-    """Gradient of the logits, (T, E) in their dtype."""
-    num_tokens, num_experts = logits_TE.shape
-    grad_TE = torch.empty_like(logits_TE, memory_format=torch.contiguous_format)
-    if num_tokens == 0:
-        return grad_TE
-    if logits_TE.stride(1) != 1:
-        logits_TE = logits_TE.contiguous()
-    block_e = triton.next_power_of_2(num_experts)
-    block_t = max(1, min(32, 4096 // block_e))
-    _router_bwd_kernel[(triton.cdiv(num_tokens, block_t),)](
-        logits_TE,
-        ids_TK,
-        weights_TK,
-        grad_weights_TK.contiguous(),
-        grad_TE,
-        num_tokens,
-        num_experts,
-        float(router.routed_scaling_factor),
-        logits_TE.stride(0),
-        TOP_K=ids_TK.shape[1],
-        BLOCK_T=block_t,
-        BLOCK_E=block_e,
-        **_flags(router),
-    )
-    return grad_TE

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import triton
 
-from moe_gpu.triton_kernels import expert_mlp, grouped_gemm, grouped_gemm_grad, routing, tuning
+from moe_gpu.triton_kernels import expert_mlp, grouped_gemm, grouped_gemm_grad, routing, routing_grad, tuning
 from tests.aot.compiling import Compiled, compile_for
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
@@ -138,7 +138,7 @@ def test_routing_kernels(arch, num_tokens, num_experts, top_k):
         built.append(build(routing._prefix_kernel, arch, constants))
         built.append(build(routing._place_kernel, arch, constants))
     constants |= {"BLOCK_T": max(1, min(32, 4096 // blocks.experts))}
-    built.append(build(routing._router_bwd_kernel, arch, constants))
+    built.append(build(routing_grad._router_bwd_kernel, arch, constants))
     for compiled in built:
         assert compiled.spills <= 16  # words, of the 255 x 32 x warps that a program has
         assert compiled.shared_bytes <= SHARED_LIMIT[arch]
