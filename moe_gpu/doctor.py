@@ -82,6 +82,14 @@ def check_torch() -> Check:
     return Check("PyTorch", OK, f"{torch.__version__}, {cuda}", needed=True)
 
 
+def check_core() -> Check:
+    """The small packages that every command needs."""
+    absent = [name for name in ("numpy", "rich", "safetensors") if not module_found(name)]
+    if absent:
+        return Check("core packages", MISSING, ", ".join(absent), f"pip install {' '.join(absent)}", needed=True)
+    return Check("core packages", OK, "numpy, rich, safetensors", needed=True)
+
+
 def check_driver() -> Check:
     version = nvml.driver_version()
     if version:
@@ -206,6 +214,7 @@ def check_memory() -> Check:
 CHECKS: tuple[Callable[[], Check], ...] = (
     check_python,
     check_torch,
+    check_core,
     check_gpu,
     check_driver,
     check_capability,

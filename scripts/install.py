@@ -15,23 +15,23 @@ from pathlib import Path
 MIN_PYTHON = (3, 10)
 
 # Without an NVIDIA GPU: one exact release, so that pip takes a CPU wheel of it where one lies on the machine instead of
-# the newest CUDA build; Triton for its interpreter, which newer NumPy breaks. With a GPU: the current release.
-CPU_PACKAGES = ("torch==2.13.0", "numpy<2.4")
-CPU_PACKAGES_LINUX = ("triton==3.6.0",)
-GPU_PACKAGES = ("torch>=2.11", "numpy<2.4")
+# the newest CUDA build. With a GPU: the current release. Triton's interpreter does not work with newer NumPy.
+CPU_TORCH = "torch==2.13.0"
+GPU_TORCH = "torch>=2.11"
+NUMPY = "numpy<2.4"
+# CUDA builds of PyTorch bring the Triton they were built for, CPU builds bring none.
+TRITON = "triton==3.6.0"
 
 
 def fail(message):
     sys.exit(f"moe-gpu: error: {message}")
 
 
-def packages(has_gpu, platform, override):
-    """What to install before moe-gpu itself; `override` (MOE_GPU_TORCH) replaces the choice of PyTorch."""
+def torch_packages(has_gpu, override):
+    """What to install first; `override` (MOE_GPU_TORCH) replaces the choice of PyTorch."""
     if override:
-        return [*shlex.split(override), "numpy<2.4"]
-    if has_gpu:
-        return list(GPU_PACKAGES)
-    return [*CPU_PACKAGES, *(CPU_PACKAGES_LINUX if platform == "linux" else ())]
+        return [*shlex.split(override), NUMPY]
+    return [GPU_TORCH if has_gpu else CPU_TORCH, NUMPY]
 
 
 def create_venv(venv):
@@ -67,11 +67,17 @@ def main():
     if not sys.stdout.isatty():
         pip.append("--quiet")
     has_gpu = shutil.which("nvidia-smi") is not None
-    chosen = packages(has_gpu, sys.platform, os.environ.get("MOE_GPU_TORCH"))
-    target = f"{root}[{arguments.extras}]"
-    print(f"Installing into {arguments.venv} ({'NVIDIA GPU' if has_gpu else 'no GPU'}): {' '.join(chosen)}", flush=True)
-    # One call for all, so that moe-gpu's own requirements cannot move the PyTorch chosen here.
-    if subprocess.run([*pip, *chosen, "--editable", target]).returncode:
+    first = torch_packages(has_gpu, os.environ.get("MOE_GPU_TORCH"))
+    print(f"Installing into {arguments.venv} ({'NVIDIA GPU' if has_gpu else 'no GPU'}): {' '.join(first)}", flush=True)
+    run_pip([*pip, *first])
+    find_triton = "import importlib.util, sys; sys.exit(importlib.util.find_spec('triton') is None)"
+    missing = sys.platform == "linux" and subprocess.run([pip[0], "-c", find_triton]).returncode
+    # NumPy again, so that nothing moves it past the limit.
+    run_pip([*pip, NUMPY, *([TRITON] if missing else []), "--editable", f"{root}[{arguments.extras}]"])
+
+
+def run_pip(command):
+    if subprocess.run(command).returncode:
         fail("installation failed: see pip's message above; run the same command again to go on")
 
 

@@ -94,6 +94,13 @@ def test_without_pytorch_the_main_job_cannot_run(no_gpu, monkeypatch):
     assert "cannot run here" in doctor.render(diagnosis)
 
 
+def test_without_a_core_package_the_main_job_cannot_run(no_gpu, monkeypatch):
+    hide(monkeypatch, "safetensors")
+    diagnosis = doctor.diagnose()
+    assert not diagnosis.can_run
+    assert Check("core packages", MISSING, "safetensors", "pip install safetensors", needed=True) in diagnosis.checks
+
+
 def test_an_old_python_is_refused(monkeypatch):
     monkeypatch.setattr(doctor.sys, "version_info", (3, 9, 1))
     assert doctor.check_python().status == MISSING

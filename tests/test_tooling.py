@@ -30,10 +30,30 @@ def install():
 
 
 def test_the_choice_of_pytorch(install):
-    assert install.packages(False, "linux", None) == ["torch==2.13.0", "numpy<2.4", "triton==3.6.0"]
-    assert install.packages(False, "darwin", None) == ["torch==2.13.0", "numpy<2.4"]
-    assert install.packages(True, "linux", None) == ["torch>=2.11", "numpy<2.4"]
-    assert install.packages(True, "linux", "torch==2.12.0 triton==3.6.0")[:2] == ["torch==2.12.0", "triton==3.6.0"]
+    assert install.torch_packages(False, None) == ["torch==2.13.0", "numpy<2.4"]
+    assert install.torch_packages(True, None) == ["torch>=2.11", "numpy<2.4"]
+    assert install.torch_packages(False, "torch==2.12.0 --pre") == ["torch==2.12.0", "--pre", "numpy<2.4"]
+
+
+@pytest.mark.parametrize(("has_triton", "added"), [(True, []), (False, ["triton==3.6.0"])])
+def test_triton_is_added_where_pytorch_brings_none(has_triton, added, install, monkeypatch, tmp_path):
+    commands = []
+
+    def run(command):
+        commands.append(command)
+        missing = command[1] == "-c" and not has_triton
+        return subprocess.CompletedProcess(command, 1 if missing else 0)
+
+    monkeypatch.delenv("MOE_GPU_TORCH", raising=False)
+    monkeypatch.setattr(install, "create_venv", lambda venv: None)
+    monkeypatch.setattr(install.subprocess, "run", run)
+    monkeypatch.setattr(install.sys, "platform", "linux")
+    monkeypatch.setattr(install.sys, "argv", ["install.py", "--venv", str(tmp_path), "--extras", "dev"])
+    install.main()
+    torch_first, _, project = commands
+    assert any(word.startswith("torch") for word in torch_first)
+    last = project[project.index("numpy<2.4") :]
+    assert last == ["numpy<2.4", *added, "--editable", f"{ROOT}[dev]"]
 
 
 def test_a_python_without_ensurepip_is_told_the_remedy(install, monkeypatch, tmp_path):
