@@ -1,0 +1,398 @@
+"""Figures from made-up rows: what they say, what they leave out, and that they follow the data."""
+
+from __future__ import annotations
+
+import itertools
+import struct
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from moe_gpu import plots
+from moe_gpu.plots import canvas, data
+from moe_gpu.results import BenchmarkRow, ExpertLoadRow, TrainingRow, write_rows
+from tests.result_rows import (
+    CPU,
+    GPU,
+    benchmark_row,
+    benchmark_rows,
+    ceilings,
+    demo_rows,
+    load_rows,
+    missing,
+    training_rows,
+)
+
+pytest.importorskip("matplotlib", reason="plots need the extra moe-gpu[viz]")
+SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "visualize_results.py"
+ALL = {**plots.FIGURES, "training_results.png": plots.draw_training}
+BENCHMARK_FIGURES = [name for name in plots.FIGURES if name != "expert_utilization_heatmap.png"]
+
+
+@pytest.fixture
+def texts(monkeypatch):
+    """Every text of the figures that were saved, and their axes by panel title."""
+    seen = Seen()
+    save = canvas.Page.save
+
+    def spy(page, path):
+        seen.read(page)
+        return save(page, path)
+
+    monkeypatch.setattr(canvas.Page, "save", spy)
+    return seen
+
+
+class Seen:
+    def __init__(self):
+        self.words, self.panels, self.label_boxes = [], [], []
+
+    def read(self, page):
+        import matplotlib.text
+
+        page.figure.canvas.draw()
+        self.words = [text.get_text() for text in page.figure.findobj(matplotlib.text.Text) if text.get_text()]
+        self.panels = [axis for line in page.axes for axis in line]
+        self.page_box = page.figure.bbox.frozen()
+        # Now, not after saving, which has another resolution.
+        self.label_boxes = [
+            [text.get_window_extent() for text in axis.texts if text.get_position()[0] > 1 and text.get_text()]
+            for axis in self.panels
+        ]
+
+    @property
+    def all(self):
+        """Every text in one line, however it was wrapped."""
+        return " ".join(" ".join(self.words).split())
+
+
+def small_rows(**changes):
+    """Two providers over three sizes."""
+    rows = []
+    for tokens in (1, 8, 64):
+        rows.append(benchmark_row("torch_loop", tokens, 4.0 * tokens**0.5, **changes))
+        rows.append(benchmark_row("moe_gpu", tokens, 2.0 * tokens**0.5, **changes))
+    return rows
+
+
+def png_size(path):
+    content = path.read_bytes()
+    assert content[:8] == b"\x89PNG\r\n\x1a\n"
+    return struct.unpack(">II", content[16:24])
+
+
+def test_all_six_figures_are_written(tmp_path):
+    written = plots.draw_all(demo_rows(), tmp_path)
+    assert [path.name for path in written] == list(plots.FIGURES)
+    assert {path.name for path in tmp_path.iterdir()} == set(plots.FIGURES)
+    for path in written:
+        width, height = png_size(path)
+        assert 900 < width < 4000
+        assert 400 < height < 20000
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_figure_names_its_device_date_and_that_it_is_a_cpu(name, texts, tmp_path):
+    ALL[name]([CPU, *small_rows(), *training_rows(steps=30), *load_rows(windows=2)], tmp_path / name)
+    assert "CPU" in texts.words
+    for part in ("CPU · Test CPU, not a real machine", "2026-11-01", "float32", "torch 2.13.0+cpu"):
+        assert part in texts.all
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_gpu_is_not_called_a_cpu(name, texts, tmp_path):
+    ALL[name]([GPU, *small_rows(), *training_rows(steps=30), *load_rows(windows=2)], tmp_path / name)
+    assert "CPU" not in texts.all
+    assert "Test GPU, not a real machine" in texts.all
+    assert "local changes" in texts.all
+
+
+@pytest.mark.parametrize("name", [*plots.FIGURES, "training_results.png"])
+def test_a_figure_follows_its_data_and_nothing_else(name, tmp_path):
+    def draw(rows, file):
+        return ALL[name](rows, tmp_path / file).read_bytes()
+
+    rows = [CPU, *ceilings(), *small_rows(energy_j_per_token=0.5), *training_rows(steps=30), *load_rows(windows=2)]
+    changed = list(rows)
+    for index, row in enumerate(rows):
+        if isinstance(row, BenchmarkRow) and row.provider == "moe_gpu" and row.num_tokens == 8:
+            fields = dict(p50_ms=9.0, tokens_per_s=8 / 9e-3, flops_share=0.02, bandwidth_share=0.03)
+            changed[index] = replace(row, energy_j_per_token=0.9, **fields)
+        elif isinstance(row, TrainingRow) and row.step == 20:
+            changed[index] = replace(row, loss=9.0)
+        elif isinstance(row, ExpertLoadRow) and row.layer == 0:
+            changed[index] = replace(row, counts=row.counts[::-1])
+    first = draw(rows, "first.png")
+    assert draw(list(rows), "again.png") == first
+    assert draw(changed, "changed.png") != first
+
+
+def test_the_throughput_title_states_the_computed_finding(texts, tmp_path):
+    rows = small_rows()
+    rows[1] = benchmark_row("moe_gpu", 1, 8.0)  # twice as slow as the loop, then twice as fast at two points
+    plots.draw_throughput([CPU, *rows], tmp_path / "t.png")
+    assert (
+        "moe_gpu runs at 1.26x the speed of torch_loop (geometric mean of 3 points, 0.50x to 2.00x; slower at 1)"
+        in texts.all
+    )
+
+
+def test_no_finding_is_claimed_without_the_baseline(texts, tmp_path):
+    plots.draw_throughput([CPU, *(row for row in small_rows() if row.provider == "moe_gpu")], tmp_path / "t.png")
+    assert "speed of" not in texts.all
+    assert "Throughput by provider" in texts.words
+
+
+def test_whiskers_run_from_the_80th_to_the_20th_percentile_of_time(texts, tmp_path):
+    plots.draw_throughput([CPU, benchmark_row("moe_gpu", 100, 10.0)], tmp_path / "t.png")
+    bars = [collection for collection in texts.panels[0].collections if hasattr(collection, "get_segments")]
+    ends = sorted(y for _, y in bars[0].get_segments()[0])
+    assert ends == pytest.approx([100 / 12e-3, 100 / 9.5e-3])
+
+
+def test_a_failed_point_is_a_gap_with_its_reason_and_never_zero(texts, tmp_path):
+    rows = small_rows()
+    rows[3] = missing("moe_gpu", "RuntimeError: made-up failure", "failed", num_tokens=8)
+    plots.draw_throughput([CPU, *rows, missing("sonicmoe", "no GPU here", num_tokens=8)], tmp_path / "t.png")
+    (axis,) = texts.panels
+    lines = [line for line in axis.lines if len(line.get_xdata()) == 3]  # not the caps of whiskers
+    drawn = {line.get_color(): list(line.get_ydata()) for line in lines if line.get_linestyle() != "None"}
+    ours = drawn[canvas.COLOURS["moe_gpu"]]
+    assert ours[0] == pytest.approx(500)
+    assert ours[1] != ours[1]  # NaN: the line breaks
+    assert all(y > 0 for line in drawn.values() for y in line if y == y)
+    assert canvas.COLOURS["sonicmoe"] not in drawn
+    notes = " ".join(texts.words)
+    assert "moe_gpu: failed, RuntimeError: made-up failure (small forward uniform T=8)" in notes
+    assert "sonicmoe: no GPU here" in notes
+
+
+def test_an_ok_row_without_a_time_is_not_measured(texts, tmp_path):
+    plots.draw_throughput([CPU, *small_rows(), benchmark_row("scattermoe", 8, None)], tmp_path / "t.png")
+    assert "scattermoe: no time recorded" in texts.all
+
+
+@pytest.mark.parametrize("name", BENCHMARK_FIGURES)
+def test_rows_without_any_time_are_drawn_as_not_measured(name, texts, tmp_path):
+    rows = [missing(provider, f"{provider} is broken", "failed") for provider in ("moe_gpu", "torch_loop")]
+    plots.FIGURES[name]([CPU, *rows], tmp_path / name)
+    assert "not measured" in texts.all
+    if name != "energy_efficiency.png":
+        assert "moe_gpu is broken" in texts.all
+
+
+@pytest.mark.parametrize("name", plots.FIGURES)
+def test_results_without_rows_for_a_figure_say_so(name, texts, tmp_path):
+    plots.FIGURES[name]([CPU], tmp_path / name)
+    assert "not measured" in texts.all
+
+
+def test_energy_says_why_it_was_not_measured(texts, tmp_path):
+    plots.draw_energy([CPU, *small_rows()], tmp_path / "e.png")
+    assert "this run was on a CPU" in texts.all
+    plots.draw_energy([GPU, *small_rows()], tmp_path / "e.png")
+    assert "No row of these results carries energy_j_per_token" in texts.all
+
+
+def test_energy_draws_what_was_recorded(texts, tmp_path):
+    plots.draw_energy([GPU, *small_rows(energy_j_per_token=0.25)], tmp_path / "e.png")
+    assert "not measured" not in texts.all
+    assert {float(y) for line in texts.panels[0].lines for y in line.get_ydata()} == {0.25}
+
+
+def test_utilisation_is_named_for_its_device_and_quotes_the_ceiling(texts, tmp_path):
+    plots.draw_utilization([CPU, *ceilings(), *small_rows()], tmp_path / "u.png")
+    assert "CPU: share of the measured ceiling; moe_gpu reaches up to 25 % of copy" in texts.all
+    assert "100 % = 120 GFLOP/s, a made-up product" in texts.all
+    plots.draw_utilization([GPU, *small_rows()], tmp_path / "u.png")
+    assert "GPU: share of the measured ceiling" in texts.all
+    assert "matmul ceiling not recorded" in texts.words
+
+
+def test_ablation_draws_recorded_ratios_and_invents_no_steps(texts, tmp_path):
+    graphs = [benchmark_row("moe_gpu", tokens, 0.5 * tokens**0.5, launch="graph") for tokens in (1, 8)]
+    plots.draw_ablation([GPU, *small_rows(), *graphs, missing("scattermoe", "not installed")], tmp_path / "a.png")
+    assert "2.00x  n=3" in texts.words  # moe_gpu over the loop
+    assert "8.00x  n=2" in texts.words  # replayed, over the loop
+    assert texts.words.count("4.00x  n=1") == 2  # replayed over eager, at each number of tokens
+    assert "not measured: not installed" in texts.words
+    assert "No row records a kernel or a fusion switched off." in texts.all
+
+
+def test_ablation_without_graphs_says_so(texts, tmp_path):
+    plots.draw_ablation([CPU, *small_rows()], tmp_path / "a.png")
+    assert "No row was launched both eagerly and as a CUDA graph." in texts.all
+
+
+def test_scaling_with_experts_needs_rows_that_differ_in_nothing_else(texts, tmp_path):
+    plots.draw_scaling([CPU, *small_rows()], tmp_path / "s.png")
+    assert "Against the number of experts: not measured" in texts.all
+    other = [replace(row, num_experts=16, p50_ms=row.p50_ms * 1.5, model="custom") for row in small_rows()]
+    plots.draw_scaling([CPU, *small_rows(), *other], tmp_path / "s.png")
+    assert "Against the number of experts" not in texts.all
+    experts = [axis for axis in texts.panels if axis.get_xlabel() == "experts"]
+    assert list(experts[0].lines[0].get_xdata()) == [8, 16]
+    wider = [replace(row, hidden_dim=4096) for row in other]
+    plots.draw_scaling([CPU, *small_rows(), *wider], tmp_path / "s.png")
+    assert "Against the number of experts: not measured" in texts.all
+
+
+def test_the_busiest_and_the_unused_experts_are_named(texts, tmp_path):
+    rows = [ExpertLoadRow("trace", 0, 0, 8, [1, 1, 6, 0]), ExpertLoadRow("trace", 5, 0, 8, [2, 2, 2, 2])]
+    plots.draw_expert_utilization([CPU, *rows], tmp_path / "x.png")
+    assert "The busiest expert takes 3.00x an even share (layer 0, expert 2, trace)" in texts.all
+    assert "1 above 2x, 0 below 0.5x; without any route (layer.expert): 0.3." in texts.all
+    pixels = texts.panels[0].images[0].get_array()
+    assert pixels.shape == (2, 4, 4)
+    assert tuple(pixels[0, 3]) == pytest.approx((0.12, 0.14, 0.16, 1.0))  # unused is black, not merely cold
+    assert pixels[1].std(0).max() == pytest.approx(0)
+
+
+def test_expert_shares_are_drawn_over_windows(texts, tmp_path):
+    plots.draw_expert_utilization([CPU, *load_rows(layers=3, experts=8, windows=5)], tmp_path / "x.png")
+    assert [axis.images[0].get_array().shape[:2] for axis in texts.panels] == [(3, 8), (8, 5), (8, 5)]
+
+
+def test_training_has_four_panels_and_states_the_loss(texts, tmp_path):
+    rows = [CPU, *training_rows(), *load_rows("demo", layers=2, experts=8, windows=6)]
+    path = plots.draw_training(rows, tmp_path / "training_results.png")
+    assert path.name == "training_results.png"
+    assert "The held-out loss falls from 5.50 (step 0) to 2.57 (step 300)" in texts.words
+    loss, load, balance, speed = texts.panels
+    assert len(loss.lines) == 2
+    assert load.images[0].get_array().shape[:2] == (16, 6)
+    assert balance.get_ylim() == (0, 1.05)
+    assert speed.get_ylim()[0] == 0
+
+
+def test_training_without_optional_values_says_not_measured(texts, tmp_path):
+    plots.draw_training([TrainingRow("run", 1, 3.0, 10, 1.0), TrainingRow("run", 2, 3.5, 20, 2.0)], tmp_path / "t.png")
+    assert "The training loss rises from 3.00 (step 1) to 3.50 (step 2)" in texts.words
+    assert texts.words.count("not measured") == 3
+    assert "device not recorded" in texts.all
+
+
+def test_training_needs_training_rows(tmp_path):
+    with pytest.raises(ValueError, match="no training rows"):
+        plots.draw_training([CPU, *small_rows()], tmp_path / "t.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_name_with_dollars_is_drawn_as_it_is(texts, tmp_path):
+    plots.draw_throughput([CPU, replace(benchmark_row(), model="$\\bad{$")], tmp_path / "t.png")
+    assert "$\\bad{$ · forward" in texts.words
+
+
+def test_labels_do_not_overlap_and_stay_on_the_page(texts, tmp_path):
+    rows = [CPU, *benchmark_rows(graphs=True)]
+    plots.draw_throughput(rows, tmp_path / "t.png")
+    assert len(texts.label_boxes) == 4
+    for boxes in texts.label_boxes:
+        assert len(boxes) == 6
+        for index, box in enumerate(boxes):
+            assert box.x1 < texts.page_box.x1
+            assert not any(box.overlaps(other) for other in boxes[index + 1 :])
+
+
+def test_apart_moves_only_what_is_too_close():
+    assert canvas._apart([0.1, 0.5, 0.9], 0.1) == pytest.approx([0.1, 0.5, 0.9])
+    assert canvas._apart([0.5, 0.5, 0.5], 0.1) == pytest.approx([0.4, 0.5, 0.6])
+    moved = canvas._apart([0.0, 0.01, 0.9, 0.95], 0.1)
+    assert all(b - a >= 0.1 - 1e-9 for a, b in itertools.pairwise(moved))
+
+
+def test_the_latest_run_of_a_point_counts_and_devices_stay_apart():
+    early = [CPU, benchmark_row("moe_gpu", 8, 2.0)]
+    late = [replace(CPU, recorded_at="2026-12-01T00:00:00+00:00"), benchmark_row("moe_gpu", 8, 3.0)]
+    ((_, lines),) = data.tabulate([*late, *early]).items()
+    assert lines[data.Series("moe_gpu", "eager")][8].p50_ms == 3.0
+    table = data.tabulate([*early, GPU, benchmark_row("moe_gpu", 8, 1.0)])
+    assert {facet.device for facet in table} == {"CPU · Test CPU, not a real machine", "Test GPU, not a real machine"}
+
+
+def test_comparisons_take_the_fastest_launch_and_the_fastest_rival():
+    rows = [
+        CPU,
+        benchmark_row("moe_gpu", 8, 4.0),
+        benchmark_row("moe_gpu", 8, 2.0, launch="graph"),
+        benchmark_row("torch_loop", 8, 3.0),
+        benchmark_row("scattermoe", 8, 1.0),
+        missing("sonicmoe", "no", num_tokens=8),
+    ]
+    (item,) = data.compare(data.tabulate(rows))
+    assert (item.ours.launch, item.rival.provider) == ("graph", "scattermoe")
+    assert item.over_baseline == pytest.approx(1.5)
+    assert item.over_rival == pytest.approx(0.5)
+
+
+def test_matplotlib_settings_are_left_as_they_were(tmp_path):
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    plots.draw_throughput([CPU, *small_rows()], tmp_path / "t.png")
+    assert dict(matplotlib.rcParams) == before
+
+
+def run_script(*arguments, **options):
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
+def test_the_script_draws_several_files_and_prints_the_paths(tmp_path):
+    first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    write_rows(first, [CPU, *small_rows()])
+    write_rows(second, [CPU, *training_rows(steps=30)])
+    done = run_script("--results", first, second, "--output", tmp_path / "new" / "figures")
+    assert done.returncode == 0, done.stderr
+    printed = [Path(line) for line in done.stdout.splitlines()]
+    assert [path.name for path in printed] == [*plots.FIGURES, "training_results.png"]
+    assert all(path.is_file() for path in printed)
+    assert len(list((tmp_path / "new" / "figures").iterdir())) == 7
+
+
+def test_script_mistakes_are_one_line_and_status_2(tmp_path, capsys):
+    sys.path.insert(0, str(SCRIPT.parent))
+    try:
+        import visualize_results
+    finally:
+        sys.path.remove(str(SCRIPT.parent))
+    good, bad, empty = tmp_path / "good.jsonl", tmp_path / "bad.jsonl", tmp_path / "empty.jsonl"
+    write_rows(good, [CPU, *small_rows()])
+    bad.write_text(good.read_text()[:-30])
+    empty.touch()
+    figures = tmp_path / "figures"
+    figures.mkdir()
+    old = figures / "throughput_comparison.png"
+    old.write_bytes(b"old")
+    cases = {
+        ("--results", tmp_path / "none.jsonl", "--output", figures): "No such file",
+        ("--results", good, bad, "--output", figures): f"{bad}:7: not JSON",
+        ("--results", empty, "--output", figures): "holds no rows",
+        ("--results", tmp_path, "--output", figures): "directory",
+        ("--results", good, "--output", good): f"cannot write to {good}",
+        ("--results", good, "--output", good / "below"): "cannot write to",
+        ("--results", good): "--output",
+        ("--results", good, "--output", figures, "--colour"): "--colour",
+    }
+    for arguments, message in cases.items():
+        try:
+            status = visualize_results.main([str(argument) for argument in arguments])
+        except SystemExit as stopped:
+            status = stopped.code
+        captured = capsys.readouterr()
+        assert (status, captured.out) == (2, "")
+        assert message in captured.err
+        assert captured.err.count("\n") == 1
+    assert old.read_bytes() == b"old"
+    assert list(figures.iterdir()) == [old]
+
+
+def test_a_missing_matplotlib_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(plots.MissingExtraError, match=r"moe-gpu\[viz\]") as caught:
+        plots.draw_all([CPU, *small_rows()], tmp_path)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
