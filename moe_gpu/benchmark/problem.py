@@ -209,10 +209,10 @@ def make_problem(
         return nn.Parameter(normal(*shape, std=std))
 
     ids_TK = sample_choices(c, num_tokens, routing, host, trace).to(device)
-    offset_TE = torch.empty(num_tokens, c.num_experts, device=device).normal_(std=OTHER_SPREAD, generator=generator)
+    # One column more than experts: there the routes that a trace dropped write, and impose nothing.
+    offset_TP = torch.empty(num_tokens, c.num_experts + 1, device=device).normal_(std=OTHER_SPREAD, generator=generator)
     chosen_TK = torch.empty(ids_TK.shape, device=device).uniform_(generator=generator) * CHOSEN_SPREAD + CHOSEN_OFFSET
-    chosen_TK = torch.where(ids_TK >= 0, chosen_TK, offset_TE[:, :1])  # a route that the trace dropped imposes nothing
-    offset_TE.scatter_(1, ids_TK.clamp(min=0), chosen_TK)
+    offset_TP.scatter_(1, torch.where(ids_TK >= 0, ids_TK, c.num_experts), chosen_TK)
 
     e, i = c.num_experts, c.hidden_dim
     into, inner = c.input_dim**-0.5, i**-0.5
@@ -233,7 +233,7 @@ def make_problem(
         routing=routing,
         x_TH=normal(num_tokens, c.input_dim, std=1.0).requires_grad_(),
         router_weight_EH=parameter(e, c.input_dim, std=ROUTER_SPREAD * into),
-        logit_offset_TE=offset_TE.to(dtype),
+        logit_offset_TE=offset_TP[:, :-1].to(dtype).contiguous(),
         weights=weights,
         grad_out_TO=normal(num_tokens, c.expert_dim, std=1.0),
         topk_ids_TK=ids_TK,
