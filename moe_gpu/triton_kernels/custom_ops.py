@@ -53,13 +53,16 @@ _SCHEMAS = {
 }
 
 
+_router = functools.lru_cache(maxsize=64)(RouterConfig)
+
+
 def _tile(kind, tensor, num_rows, num_experts):
     return gemm_config(kind, tensor.dtype, num_rows, num_experts, is_hopper(tensor.device))
 
 
 def _route(logits, bias, top_k, *rest):
     *router, capacity = rest
-    ids, weights, *rows = routing.route_forward(logits, bias, top_k, RouterConfig(*router), capacity)
+    ids, weights, *rows = routing.route_forward(logits, bias, top_k, _router(*router), capacity)
     return weights, ids, *rows
 
 
@@ -71,7 +74,7 @@ def _route_fake(logits, bias, top_k, *rest):
 
 
 def _route_backward(logits, ids, weights, grad_weights, *router):
-    return route_backward(logits, ids, weights, grad_weights, RouterConfig(*router))
+    return route_backward(logits, ids, weights, grad_weights, _router(*router))
 
 
 def _route_backward_fake(logits, ids, weights, grad_weights, *router):

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from moe_gpu.config import ACTIVATIONS
 from moe_gpu.triton_kernels.grouped_gemm import _accumulate, _tile_ends, _tile_rows, apply_function, dot_precision
-from moe_gpu.triton_kernels.tuning import MlpConfig
+from moe_gpu.triton_kernels.tuning import MlpConfig, cdiv, next_power_of_2
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -122,11 +122,11 @@ def expert_mlp_forward(
     kind = ACTIVATIONS[activation]
     num_experts, output_dim, hidden_dim = down_EOI.shape
     num_rows, input_dim = row_route_R.shape[0], x_TH.shape[1]
-    slices = triton.cdiv(hidden_dim, config.block_i)
+    slices = cdiv(hidden_dim, config.block_i)
     partial = torch.empty(slices, num_rows, output_dim, dtype=torch.float32, device=x_TH.device)
     if num_rows == 0:
         return partial
-    row_tiles = triton.cdiv(num_rows, config.block_m) + min(num_experts, num_rows)
+    row_tiles = cdiv(num_rows, config.block_m) + min(num_experts, num_rows)
     _expert_mlp_kernel[(row_tiles, slices)](
         x_TH,
         row_route_R,
@@ -150,7 +150,7 @@ def expert_mlp_forward(
         HAS_BIAS=up_bias_EG is not None,
         PRECISION=dot_precision(x_TH.dtype),
         EVEN_H=input_dim % config.block_k == 0,
-        BLOCK_E=triton.next_power_of_2(num_experts),
+        BLOCK_E=next_power_of_2(num_experts),
         BLOCK_M=config.block_m,
         BLOCK_I=config.block_i,
         BLOCK_K=config.block_k,

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from moe_gpu.triton_kernels.tuning import cdiv, next_power_of_2
+
 
 @triton.jit
 def _combine_kernel(
@@ -162,8 +164,8 @@ def _grad_bias_kernel(
 
 def _block(columns: int, num_rows: int = 1 << 30) -> int:
     """Columns a program: up to 1024, fewer while the rows alone do not give every SM a program."""
-    block = min(1024, max(16, triton.next_power_of_2(columns)))
-    while block > 128 and num_rows * triton.cdiv(columns, block) < 256:
+    block = min(1024, max(16, next_power_of_2(columns)))
+    while block > 128 and num_rows * cdiv(columns, block) < 256:
         block //= 2
     return block
 
@@ -180,7 +182,7 @@ def combine_forward(
     if num_tokens == 0:
         return out
     block = _block(columns, num_tokens) if splits == 1 else min(128, _block(columns))
-    _combine_kernel[(num_tokens, triton.cdiv(columns, block))](
+    _combine_kernel[(num_tokens, cdiv(columns, block))](
         y,
         row_of_route_TK,
         None if weight_TK is None else weight_TK.contiguous(),
@@ -191,7 +193,7 @@ def combine_forward(
         SPLITS=splits,
         WEIGHTED=weight_TK is not None,
         BLOCK_O=block,
-        BLOCK_S=triton.next_power_of_2(splits),
+        BLOCK_S=next_power_of_2(splits),
         num_warps=4,
     )
     return out
@@ -212,7 +214,7 @@ def permute_forward(
     if num_rows == 0:
         return out
     block = _block(columns)
-    _permute_kernel[(num_rows, triton.cdiv(columns, block))](
+    _permute_kernel[(num_rows, cdiv(columns, block))](
         x_TH,
         row_route_R,
         None if weight_TK is None else weight_TK.contiguous(),
@@ -242,7 +244,7 @@ def weight_gradient(
         return grad
     if grad_out_TO.stride(-1) != 1:
         grad_out_TO = grad_out_TO.contiguous()
-    _weight_grad_kernel[(triton.cdiv(num_routes, 64),)](
+    _weight_grad_kernel[(cdiv(num_routes, 64),)](
         partials,
         row_of_route_TK,
         ids_TK,
@@ -297,7 +299,7 @@ def grad_bias(
     num_experts, columns = bias_EN.shape
     out = torch.empty(num_experts, columns, dtype=bias_EN.dtype, device=bias_EN.device)
     block_n = 64
-    _grad_bias_kernel[(num_experts, triton.cdiv(columns, block_n))](
+    _grad_bias_kernel[(num_experts, cdiv(columns, block_n))](
         d,
         route_R,
         route_weight_TK,

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from moe_gpu.config import ACTIVATIONS
-from moe_gpu.triton_kernels.tuning import GemmConfig
+from moe_gpu.triton_kernels.tuning import GemmConfig, cdiv, next_power_of_2
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
@@ -284,8 +284,8 @@ def num_programs(device: torch.device, config: GemmConfig, num_tiles: int) -> in
 
 def tile_bound(num_rows: int, num_experts: int, num_columns: int, config: GemmConfig) -> int:
     """Most tiles that any routing of `num_rows` rows can need: known on the host without reading the offsets."""
-    row_tiles = triton.cdiv(num_rows, config.block_m) + min(num_experts, num_rows)
-    return row_tiles * triton.cdiv(num_columns, config.block_n)
+    row_tiles = cdiv(num_rows, config.block_m) + min(num_experts, num_rows)
+    return row_tiles * cdiv(num_columns, config.block_n)
 
 
 def row_contiguous(tensor: torch.Tensor) -> torch.Tensor:
@@ -344,7 +344,7 @@ def grouped_gemm_forward(
         PRECISION=dot_precision(a.dtype),
         EVEN_K=depth % config.block_k == 0,
         BY_COLUMN=w_ENK.stride(1) == 1 and w_ENK.stride(2) != 1,
-        BLOCK_E=triton.next_power_of_2(num_experts),
+        BLOCK_E=next_power_of_2(num_experts),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,

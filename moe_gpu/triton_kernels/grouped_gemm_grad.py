@@ -27,7 +27,7 @@ from moe_gpu.triton_kernels.grouped_gemm import (
     row_contiguous,
     tile_bound,
 )
-from moe_gpu.triton_kernels.tuning import GemmConfig
+from moe_gpu.triton_kernels.tuning import GemmConfig, cdiv, next_power_of_2
 
 
 @triton.jit
@@ -362,7 +362,7 @@ def grouped_gemm_grad_act(
     act = torch.empty(num_rows, columns, dtype=h.dtype, device=h.device)
     partials = None
     if gather:
-        tiles = triton.cdiv(columns, config.block_n)
+        tiles = cdiv(columns, config.block_n)
         partials = torch.empty(num_rows, tiles, dtype=torch.float32, device=h.device)
     if num_rows == 0:
         return grad_h, act, partials
@@ -389,7 +389,7 @@ def grouped_gemm_grad_act(
         PRECISION=dot_precision(h.dtype),
         EVEN_K=depth % config.block_k == 0,
         BY_COLUMN=w_ENK.stride(1) == 1 and w_ENK.stride(2) != 1,
-        BLOCK_E=triton.next_power_of_2(num_experts),
+        BLOCK_E=next_power_of_2(num_experts),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
@@ -415,7 +415,7 @@ def grouped_gemm_grad_w(
     """Write `D_e^T A_e` for every expert into `grad_w_ENK` (any strides) and return it."""
     d, a = row_contiguous(d), row_contiguous(a)
     num_experts, columns, depth = grad_w_ENK.shape
-    tiles = num_experts * triton.cdiv(columns, config.block_n) * triton.cdiv(depth, config.block_k)
+    tiles = num_experts * cdiv(columns, config.block_n) * cdiv(depth, config.block_k)
     _grouped_gemm_grad_w_kernel[(num_programs(d.device, config, tiles),)](
         d,
         a,

@@ -7,6 +7,7 @@ the order is the reference's, to the bit, on every run.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ import triton
 import triton.language as tl
 
 from moe_gpu.config import RouterConfig
+from moe_gpu.triton_kernels.tuning import cdiv, next_power_of_2
 
 ROUTES_PER_BLOCK = 256
 SINGLE_LAUNCH_TOKENS = 64
@@ -346,18 +348,19 @@ class _Blocks:
         return max(1, min(8, self.tokens * self.experts // 512))
 
     @classmethod
+    @functools.lru_cache(maxsize=256)
     def choose(cls, num_tokens: int, num_experts: int, top_k: int) -> _Blocks:
-        block_k = triton.next_power_of_2(top_k)
-        block_e = triton.next_power_of_2(num_experts)
+        block_k = next_power_of_2(top_k)
+        block_e = next_power_of_2(num_experts)
         single = num_tokens <= SINGLE_LAUNCH_TOKENS and num_tokens * block_k <= SINGLE_LAUNCH_ROUTES
-        single = single and triton.next_power_of_2(num_tokens) * block_e <= SINGLE_LAUNCH_LOGITS
+        single = single and next_power_of_2(num_tokens) * block_e <= SINGLE_LAUNCH_LOGITS
         if single:
-            tokens = max(1, triton.next_power_of_2(num_tokens))
+            tokens = max(1, next_power_of_2(num_tokens))
         else:
             tokens = max(1, min(ROUTES_PER_BLOCK // block_k, 4096 // block_e))
         # Two bins more than experts: one for invalid routes, one for the padding of the block itself.
-        bins = triton.next_power_of_2(num_experts + 2)
-        return cls(tokens, block_e, bins, triton.next_power_of_2(tokens * top_k), single)
+        bins = next_power_of_2(num_experts + 2)
+        return cls(tokens, block_e, bins, next_power_of_2(tokens * top_k), single)
 
 
 def router_flags(router: RouterConfig) -> dict[str, bool]:
@@ -389,7 +392,7 @@ def _launch(
     if num_tokens == 0:
         return demand_P.zero_(), offsets_P.zero_(), row_route_R, row_of_route_TK
     blocks = _Blocks.choose(num_tokens, num_experts, top_k)
-    num_blocks = triton.cdiv(num_tokens, blocks.tokens)
+    num_blocks = cdiv(num_tokens, blocks.tokens)
     limit = num_routes if capacity is None else min(capacity, num_routes)
     # A single launch keeps its counts in registers and never touches this buffer.
     block_counts = torch.empty(0 if blocks.single else num_blocks, blocks.bins, dtype=torch.int32, device=device)
@@ -409,7 +412,7 @@ def _launch(
         float(router.routed_scaling_factor),
         0 if logits_TE is None else logits_TE.stride(0),
         TOP_K=top_k,
-        BLOCK_K=triton.next_power_of_2(top_k),
+        BLOCK_K=next_power_of_2(top_k),
         BLOCK_T=blocks.tokens,
         BLOCK_E=blocks.experts,
         BLOCK_P=blocks.bins,
@@ -425,7 +428,7 @@ def _launch(
     )
     if not blocks.single:
         bins_per_program = 16
-        _prefix_kernel[(triton.cdiv(blocks.bins, bins_per_program),)](
+        _prefix_kernel[(cdiv(blocks.bins, bins_per_program),)](
             block_counts, demand_P, num_blocks, num_experts, BLOCK_P=blocks.bins, BINS=bins_per_program, CHUNK=128
         )
         _place_kernel[(num_blocks,)](

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from moe_gpu.config import RouterConfig
 from moe_gpu.triton_kernels.routing import router_flags
+from moe_gpu.triton_kernels.tuning import cdiv, next_power_of_2
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -82,9 +83,9 @@ def route_backward(
         return grad_TE
     if logits_TE.stride(1) != 1:
         logits_TE = logits_TE.contiguous()
-    block_e = triton.next_power_of_2(num_experts)
+    block_e = next_power_of_2(num_experts)
     block_t = max(1, min(32, 4096 // block_e))
-    _router_bwd_kernel[(triton.cdiv(num_tokens, block_t),)](
+    _router_bwd_kernel[(cdiv(num_tokens, block_t),)](
         logits_TE,
         ids_TK,
         weights_TK,

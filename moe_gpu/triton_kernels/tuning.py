@@ -11,6 +11,16 @@ from dataclasses import dataclass, replace
 import torch
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up. Triton's own costs microseconds a call on the host, several times a launch."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n, 1 for n of 0 or 1."""
+    return 1 << max(0, n - 1).bit_length()
+
+
 @dataclass(frozen=True)
 class GemmConfig:
     """Tile of a grouped product: BLOCK_M rows, BLOCK_N columns (of each half when gated), BLOCK_K deep."""
@@ -117,6 +127,6 @@ def mlp_config(dtype: torch.dtype, hidden_dim: int, num_rows: int, num_experts: 
     if dtype == torch.float32:
         return MlpConfig(16, 32, 32, 32, 4, 2)
     active = min(num_rows, num_experts)
-    narrow = active * -(-hidden_dim // 64) < num_sms
+    narrow = active * cdiv(hidden_dim, 64) < num_sms
     tile = MlpConfig(16, 64, 128, 256, 8, 4)
     return replace(tile, block_i=32, num_warps=4) if narrow else tile
