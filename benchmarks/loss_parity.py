@@ -1,0 +1,63 @@
+"""Train the small language model with the Triton kernels and with the plain reference, over three seeds, and compare.
+
+    python benchmarks/loss_parity.py benchmarks/results/loss_parity.jsonl [--steps 300] [--device cuda]
+
+Both see the same text, batches and initial weights, so the curves differ by rounding alone. The kernels pass if, at every
+logged step, their mean loss over the seeds lies inside the reference's range over the seeds. Exit status 1 if not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from moe_gpu.console import writable_directory
+from moe_gpu.results import TrainingRow, describe_machine, write_rows
+from moe_gpu.training import TrainConfig, train
+
+SEEDS = (0, 1, 2)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Compare loss curves of the two backends.", allow_abbrev=False)
+    parser.add_argument("output", type=Path, metavar="FILE.jsonl")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--device", default="cuda")
+    arguments = parser.parse_args()
+    writable_directory(arguments.output.parent)
+    curves: dict[tuple[bool, int], list[TrainingRow]] = {}
+    dtype = "bf16" if arguments.device.startswith("cuda") else "fp32"
+    for use_triton in (False, True):
+        for seed in SEEDS:
+            config = TrainConfig(
+                steps=arguments.steps, seed=seed, device=arguments.device, dtype=dtype, use_triton=use_triton
+            )
+            with tempfile.TemporaryDirectory() as folder:
+                result = train(config, folder)
+            name = f"{'triton' if use_triton else 'reference'}, seed {seed}"
+            rows = [row for row in result.rows if isinstance(row, TrainingRow)]
+            curves[use_triton, seed] = [replace(row, run=name) for row in rows]
+            last = rows[-1]
+            print(f"{name}: loss {last.loss:.4f}, held out {result.eval_loss:.4f}, {last.backend}", flush=True)
+    machine = describe_machine(result.model.embedding.weight.device)
+    write_rows(arguments.output, [machine, *(row for rows in curves.values() for row in rows)])
+    outside = []
+    for index, row in enumerate(curves[False, SEEDS[0]]):
+        reference = [curves[False, seed][index].loss for seed in SEEDS]
+        mean = sum(curves[True, seed][index].loss for seed in SEEDS) / len(SEEDS)
+        if not min(reference) <= mean <= max(reference):
+            outside.append(f"step {row.step}: {mean:.4f} outside {min(reference):.4f} to {max(reference):.4f}")
+    largest = max(
+        abs(a.loss - b.loss) for seed in SEEDS for a, b in zip(curves[False, seed], curves[True, seed], strict=True)
+    )
+    print(f"largest difference at one seed and step: {largest:.4f} nats a byte; {len(outside)} steps outside the range")
+    for line in outside:
+        print(f"  {line}")
+    return 1 if outside else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
