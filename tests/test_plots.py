@@ -153,6 +153,17 @@ def test_whiskers_run_from_the_80th_to_the_20th_percentile_of_time(texts, tmp_pa
     assert ends == pytest.approx([100 / 12e-3, 100 / 9.5e-3])
 
 
+def test_providers_stand_side_by_side_where_there_is_one_number_of_tokens(texts, tmp_path):
+    rows = [CPU, benchmark_row("moe_gpu", 256, 2.0), benchmark_row("torch_loop", 256, 8.0, p20_ms=1.0, p80_ms=40.0)]
+    plots.draw_throughput(rows, tmp_path / "t.png")
+    (axis,) = texts.panels
+    assert [tick.get_text() for tick in axis.get_xticklabels()] == ["256"]
+    assert len({float(line.get_xdata()[0]) for line in axis.lines if len(line.get_xdata()) == 1}) == 2
+    low, high = axis.get_ylim()
+    assert low < 256 / 40e-3  # whiskers stay inside
+    assert high > 256 / 1e-3
+
+
 def test_a_failed_point_is_a_gap_with_its_reason_and_never_zero(texts, tmp_path):
     rows = small_rows()
     rows[3] = missing("moe_gpu", "RuntimeError: made-up failure", "failed", num_tokens=8)

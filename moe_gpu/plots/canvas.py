@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -243,7 +243,7 @@ def log_y(axis: Axes, values: Sequence[float], label: Callable[[float], str] = s
 def log_x(axis: Axes, counts: Sequence[int], label: Callable[[int], str] = short_tokens) -> None:
     """A log axis whose ticks are the counts that were run, thinned where labels would touch."""
     low, high = min(counts), max(counts)
-    pad = max((high / low) ** 0.06, 1.15)
+    pad = max((high / low) ** 0.06, 1.15) if high > low else 1.6
     axis.set_xscale("log")
     axis.set_xlim(low / pad, high * pad)
     room = _inches(axis)[0] / math.log(high / low * pad**2)
@@ -259,9 +259,9 @@ def log_x(axis: Axes, counts: Sequence[int], label: Callable[[int], str] = short
 def draw_line(
     axis: Axes,
     series: Series,
-    points: dict[int, float],
-    asked: Iterable[int],
-    whiskers: dict[int, tuple[float, float]] | None = None,
+    points: Mapping[float, float],
+    asked: Iterable[float],
+    whiskers: Mapping[float, tuple[float, float]],
 ) -> None:
     """One provider's line, broken where a point was asked for and not measured; moe_gpu stands out.
 

@@ -354,6 +354,11 @@ def short_tokens(num_tokens: int) -> str:
     return f"{num_tokens // 1024}k" if num_tokens % 1024 == 0 and num_tokens else str(num_tokens)
 
 
+def side_by_side(x: float, index: int, count: int) -> float:
+    """Where the `index`th of `count` points at the same x stands on a log axis: within a factor of 1.5 of x."""
+    return x * 1.5 ** (2 * (index + 0.5) / count - 1)
+
+
 def values(mapping: Mapping[int, BenchmarkRow], field: str) -> dict[int, float]:
     """Number of tokens -> a field's value, in order of tokens, for measured rows that have one."""
     picked = {tokens: getattr(row, field) for tokens, row in sorted(mapping.items()) if measured(row)}

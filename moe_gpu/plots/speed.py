@@ -41,6 +41,7 @@ from moe_gpu.plots.data import (
     points,
     short,
     short_tokens,
+    side_by_side,
     speed_ratio,
     split_runs,
     tabulate,
@@ -157,12 +158,14 @@ def draw_ablation(rows: Sequence[Row], path: str | Path) -> Path:
         strips.append((f"Speed over {BASELINE}: {name}", _over_baseline(part)))
     strips.append((f"{OURS}: CUDA graph over eager", _graph_over_eager(table)))
     tallest = max((len(strip) for _, strip in strips), default=1)
+    parts, why = f"{OURS} without one of its parts", "No row records a kernel or a fusion switched off."
+    room = len(strips) % 2 == 1
     sheet = page(
-        (len(strips) // 2 + 1, 2),
+        (-(-len(strips) // 2), 2),
         finding(compare(table)) or "What each choice brings",
         runs,
         remark="Small dots: single points (model, routing, tokens); large: their geometric mean; n: how many points.",
-        notes=gap_notes(gaps(table)),
+        notes=[*([] if room else [f"{parts}: {NOT_MEASURED}. {why}"]), *gap_notes(gaps(table))],
         panel=(3.6, max(1.3, 0.3 * tallest + 0.3)),
         margins=(2.05, 1.0),
     )
@@ -170,11 +173,9 @@ def draw_ablation(rows: Sequence[Row], path: str | Path) -> Path:
     for axis, (name, strip) in zip(flat, strips, strict=False):
         name_panel(axis, name)
         _strip(axis, strip)
-    parts, *spare = flat[len(strips) :]
-    name_panel(parts, f"{OURS} without one of its parts")
-    say_nothing(parts, "No row records a kernel or a fusion switched off.")
-    for axis in spare:
-        axis.set_axis_off()
+    if room:
+        name_panel(flat[-1], parts)
+        say_nothing(flat[-1], why)
     return sheet.save(path)
 
 
@@ -348,19 +349,24 @@ def _panel(
         say_nothing(axis, "; ".join(reasons) or (f"No row carries {field}." if lines else why))
         return
     asked = sorted({x for line in lines.values() for x in line})
+    bars = {series: whiskers(lines[series]) if whiskers else {} for series in drawn}
+    ends = [end for bar in bars.values() for pair in bar.values() for end in pair]
     log_x(axis, asked, str if x_label == "experts" else short_tokens)
-    log_y(axis, found if ceiling is None else [*found, ceiling], format_y)
+    log_y(axis, [*found, *ends, *([] if ceiling is None else [ceiling])], format_y)
     if ceiling is not None:
         axis.axhline(ceiling, color=INK, linewidth=1, linestyle=":")
     axis.set_xlabel(x_label, labelpad=2)
     axis.set_ylabel(y_label, labelpad=4)
-    ends = []
-    for series, line in drawn.items():
-        if line:
-            draw_line(axis, series, line, asked, whiskers(lines[series]) if whiskers else None)
-            bold = series.provider == OURS
-            ends.append(End(series.label, colour(series.provider), max(line), line[max(line)], bold))
-    label_ends(axis, ends)
+    names = []
+    drawn = {series: line for series, line in drawn.items() if line}
+    for index, (series, found_at) in enumerate(drawn.items()):
+        alone = len(asked) == 1
+        place = {x: side_by_side(x, index, len(drawn)) if alone else float(x) for x in asked}
+        bar = {place[x]: ends for x, ends in bars[series].items()}
+        line = {place[x]: y for x, y in found_at.items()}
+        draw_line(axis, series, line, place.values(), bar)
+        names.append(End(series.label, colour(series.provider), max(line), line[max(line)], series.provider == OURS))
+    label_ends(axis, names)
 
 
 def _percent(share: float) -> str:

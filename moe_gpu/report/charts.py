@@ -35,9 +35,18 @@ class Line:
 
 
 def line_chart(
-    lines: Sequence[Line], x_label: str, *, log: bool = True, x_text: Callable[[float], str] = short, title: str
+    lines: Sequence[Line],
+    x_label: str,
+    *,
+    log: bool = True,
+    x_text: Callable[[float], str] = short,
+    x_ticks: Sequence[float] | None = None,
+    title: str,
 ) -> str:
-    """An SVG of the lines; every point carries its hover text. There must be at least one point."""
+    """An SVG of the lines; every point carries its hover text. There must be at least one point.
+
+    x_ticks: where the axis is labelled, as far as there is room; by default at round numbers.
+    """
     xs = sorted({x for line in lines for x, _ in line.points} | {x for line in lines for x in line.asked})
     ys = [y for line in lines for _, y in line.points] + [
         end for line in lines for _, *ends in line.whiskers for end in ends
@@ -51,7 +60,7 @@ def line_chart(
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{_LEFT - 5}" y="{y + 4:.1f}" text-anchor="end">{escape(short(tick))}</text>')
     last = -math.inf
-    for tick in xs if log else x_axis.ticks():
+    for tick in x_axis.ticks() if x_ticks is None else x_ticks:
         x = x_axis.at(tick)
         if x - last > 30:
             parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 18}" text-anchor="middle">{escape(x_text(tick))}</text>')

@@ -69,8 +69,9 @@ def _asset(name: str) -> str:
 
 
 def _classes(table: Table) -> dict[str, str]:
-    """A class name for each provider."""
-    providers = dict.fromkeys(series.provider for lines in table.values() for series in lines)
+    """A class name for each provider, moe_gpu first."""
+    found = dict.fromkeys(series.provider for lines in table.values() for series in lines)
+    providers = sorted(found, key=lambda provider: provider != OURS)
     return {provider: f"s{index}" for index, provider in enumerate(providers)}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from html import escape
 
 from moe_gpu.plots.data import (
@@ -26,6 +26,7 @@ from moe_gpu.plots.data import (
     relative_load,
     short,
     short_tokens,
+    side_by_side,
     split_runs,
     times,
     training_runs,
@@ -63,21 +64,28 @@ def throughput(benchmarks: Table, classes: Mapping[str, str]) -> str:
         return ""
     marks = {provider: index % len(MARKS) for index, provider in enumerate(classes)}
     several = len({facet.device for facet in benchmarks}) > 1
-    charts, drawn = [], set()
+    charts: list[str] = []
+    drawn: set[Series] = set()
     for facet, lines in benchmarks.items():
+        asked = sorted({tokens for line in lines.values() for tokens in line})
+        ordered = sorted(lines.items(), key=lambda item: item[0].provider == OURS)  # ours last, on top
+        shown = [(series, line) for series, line in ordered if values(line, "tokens_per_s")]
+        drawn |= {series for series, _ in shown}
         curves = []
-        for series, line in sorted(lines.items(), key=lambda item: item[0].provider == OURS):
-            found = values(line, "tokens_per_s")
-            if found:
-                drawn.add(series)
-                curves.append(_curve(series, line, found, f"{classes[series.provider]}{_dress(series)}", marks))
+        for index, (series, line) in enumerate(shown):
+            curve = _curve(series, line, f"{classes[series.provider]}{_dress(series)}", marks)
+            if len(asked) == 1:
+                x = side_by_side(asked[0], index, len(shown))
+                bars = [(x, low, high) for _, low, high in curve.whiskers]
+                curve = replace(curve, points=[(x, y) for _, y in curve.points], whiskers=bars, asked=[x])
+            curves.append(curve)
         caption = facet.detail + (f" · {facet.device}" if several else "")
         figcaption = f"<figcaption>{escape(facet.name)}<small>{escape(caption)}</small></figcaption>"
         if not curves:
             charts.append(f'<figure class="empty">{figcaption}not measured</figure>')
             continue
         title = f"{facet.name}, {caption}: tokens a second over tokens"
-        chart = line_chart(curves, "tokens", x_text=lambda x: short_tokens(int(x)), title=title)
+        chart = line_chart(curves, "tokens", x_text=lambda x: short_tokens(int(x)), x_ticks=asked, title=title)
         charts.append(f"<figure>{figcaption}{chart}</figure>")
     legend = "".join(_key(series, classes, marks) for series in sorted(drawn))
     note = "Tokens a second of one layer, over tokens in a call; log axes; bars from the 20th to the 80th percentile."
@@ -88,9 +96,8 @@ def _dress(series: Series) -> str:
     return (" ours" if series.provider == OURS else "") + ("" if series.launch == "eager" else " graph")
 
 
-def _curve(
-    series: Series, line: dict[int, BenchmarkRow], found: dict[int, float], looks: str, marks: Mapping[str, int]
-) -> Line:
+def _curve(series: Series, line: dict[int, BenchmarkRow], looks: str, marks: Mapping[str, int]) -> Line:
+    found = values(line, "tokens_per_s")
     slow, fast = values(line, "p80_ms"), values(line, "p20_ms")
     bars = [(x, x / slow[x] * 1e3, x / fast[x] * 1e3) for x in found if x in slow and x in fast]
     tips = [f"{short(found[x])} tokens/s\n{_detail(line[x])}" for x in found]
