@@ -2,8 +2,8 @@
 
     python benchmarks/loss_parity.py benchmarks/results/loss_parity.jsonl [--steps 300] [--device cuda]
 
-Both see the same text, batches and initial weights, so the curves differ by rounding alone. The kernels pass if, at every
-logged step, their mean loss over the seeds lies inside the reference's range over the seeds. Exit status 1 if not.
+Both see the same text, batches and initial weights, so the curves differ by rounding alone. The kernels pass if, at
+every logged step, their mean loss over the seeds lies inside the reference's range over the seeds. Exit status 1 if not.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ def main() -> int:
             rows = [row for row in result.rows if isinstance(row, TrainingRow)]
             curves[use_triton, seed] = [replace(row, run=name) for row in rows]
             last = rows[-1]
+            if use_triton and last.backend != "triton":
+                parser.exit(2, f"{parser.prog}: error: {arguments.device} has no Triton backend: nothing to compare\n")
             print(f"{name}: loss {last.loss:.4f}, held out {result.eval_loss:.4f}, {last.backend}", flush=True)
     machine = describe_machine(result.model.embedding.weight.device)
     write_rows(arguments.output, [machine, *(row for rows in curves.values() for row in rows)])
