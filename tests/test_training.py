@@ -470,10 +470,10 @@ def test_a_token_sees_nothing_of_what_follows():
 
 
 def test_order_of_the_past_matters():
-    model = MoELanguageModel(TINY)
+    model = MoELanguageModel(replace(TINY, num_layers=1))  # one layer has no other way to tell than the rotation
     tokens = torch.randint(256, (1, 32))
     swapped = tokens[:, [1, 0, *range(2, 32)]]
-    assert not torch.allclose(model(tokens)[0][:, -1], model(swapped)[0][:, -1], atol=1e-6)
+    assert not torch.allclose(model(tokens)[0][:, -1], model(swapped)[0][:, -1], atol=1e-4)
 
 
 def test_a_sequence_beyond_the_context_is_refused():
