@@ -407,6 +407,39 @@ _AUTOGRAD: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 }
 
 
+def _autograd_kernel(name: str, backward: Callable[..., Any], save: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator's kernel for the dispatcher's Autograd key.
+
+    What `torch.library.register_autograd` makes, less its filling in of default arguments on every call: that converts
+    the whole schema once for each argument, 0.1 ms for fifteen, and these operators have no defaults.
+    """
+    operator = getattr(getattr(torch.ops, NAMESPACE), name).default
+
+    def below(keyset, *arguments):
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *arguments_and_keyset):
+            *arguments, keyset = arguments_and_keyset
+            output = below(keyset, *arguments)
+            save(ctx, arguments, output)
+            return output
+
+        @staticmethod
+        def backward(ctx, *grads):
+            return *backward(ctx, *grads), None
+
+    def kernel(keyset, *arguments):
+        wanted = (isinstance(value, torch.Tensor) and value.requires_grad for value in arguments)
+        if torch.is_grad_enabled() and any(wanted):
+            return Function.apply(*arguments, keyset)
+        return below(keyset, *arguments)
+
+    return kernel
+
+
 @functools.cache
 def register() -> None:
     """Define the operators, once a process.
@@ -420,6 +453,5 @@ def register() -> None:
             library.impl(name, globals()[f"_{name}"], dispatch_key)
         torch.library.register_fake(f"{NAMESPACE}::{name}", globals()[f"_{name}_fake"], lib=library)
         if name in _AUTOGRAD:
-            backward, setup_context = _AUTOGRAD[name]
-            torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=library)
+            library.impl(name, _autograd_kernel(name, *_AUTOGRAD[name]), "Autograd", with_keyset=True)
     _LIBRARIES.append(library)
