@@ -3,7 +3,7 @@
     python benchmarks/loss_parity.py benchmarks/results/loss_parity.jsonl [--steps 300] [--device cuda]
 
 Both see the same text, batches and initial weights, so the curves differ by rounding alone. The kernels pass if, at
-every logged step, their mean loss over the seeds lies inside the reference's range over the seeds. Exit status 1 if not.
+each logged step, their mean loss over the seeds lies inside the reference's range over the seeds. Exit status 1 if not.
 """
 
 from __future__ import annotations

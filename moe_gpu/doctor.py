@@ -224,7 +224,6 @@ CHECKS: tuple[Callable[[], Check], ...] = (
     check_mig,
     check_memory,
     lambda: check_package("matplotlib", "matplotlib", "matplotlib", "plots", "pip install 'moe-gpu[viz]'"),
-    lambda: check_package("plotly", "plotly", "plotly", "interactive report", "pip install 'moe-gpu[viz]'"),
     lambda: check_package(
         "transformers", "transformers", "transformers", "peer transformers_grouped_mm", "pip install 'moe-gpu[hf]'"
     ),

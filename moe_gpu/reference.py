@@ -13,6 +13,7 @@ Routing works on any dtype; the products run in the dtype of their inputs, so fl
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -92,7 +93,11 @@ class ExpertWeights:
 
     def to(self, dtype: torch.dtype) -> ExpertWeights:
         """The same weights in another dtype (the same tensors where nothing changes)."""
-        return ExpertWeights(*(None if tensor is None else tensor.to(dtype) for tensor in self.tensors()))
+
+        def convert(tensor: Any) -> Any:
+            return None if tensor is None else tensor.to(dtype)
+
+        return ExpertWeights(*map(convert, self.tensors()))
 
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
         """All weights in the order of the fields, None where there is none."""

@@ -61,8 +61,8 @@ class BenchmarkRow:
     """One provider on one shape, routing, pass and launch mode.
 
     status: "ok", "unavailable" (not installed, no GPU), "failed" (raised) or "wrong" (failed the output check, so not
-    timed); `reason` says why unless ok. Times are per call of the whole layer. `flops` and `min_bytes` are the least work
-    of the pass; shares are of the ceilings measured in the same file.
+    timed); `reason` says why unless ok. Times are per call of the whole layer. `flops` and `min_bytes` are the least
+    work of the pass; shares are of the ceilings measured in the same file.
     """
 
     kind: ClassVar[str] = "benchmark"
@@ -138,7 +138,7 @@ class ExpertLoadRow:
 
 
 Row = Machine | Ceiling | BenchmarkRow | TrainingRow | ExpertLoadRow
-_KINDS: dict[str, type] = {cls.kind: cls for cls in (Machine, Ceiling, BenchmarkRow, TrainingRow, ExpertLoadRow)}
+_KINDS: dict[str, Any] = {cls.kind: cls for cls in (Machine, Ceiling, BenchmarkRow, TrainingRow, ExpertLoadRow)}
 
 
 class ResultsError(ValueError):

@@ -48,9 +48,7 @@ def test_a_machine_without_a_gpu_can_run_and_says_what_is_limited(no_gpu):
 
 
 def test_whatever_is_missing_says_how_to_fix_it(no_gpu, monkeypatch):
-    hide(
-        monkeypatch, "triton", "matplotlib", "plotly", "transformers", "scattermoe", "sonicmoe", "triton_kernels.matmul"
-    )
+    hide(monkeypatch, "triton", "matplotlib", "transformers", "scattermoe", "sonicmoe", "triton_kernels.matmul")
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
     monkeypatch.setattr(doctor, "MIN_FREE_BYTES", 1 << 60)
