@@ -76,6 +76,7 @@ EXPERT_CASES = [
     ExpertCase("another output width", 30, 32, 24, 4, 2, output_dim=51),
     ExpertCase("capacity drops routes", 50, 32, 24, 4, 2, capacity=7, routing="few"),
     ExpertCase("ids out of range and -1", 24, 32, 24, 4, 2, routing="out of range"),
+    ExpertCase("one expert", 10, 24, 16, 1, 1),
     ExpertCase("width one", 12, 1, 1, 3, 2, output_dim=1),
     ExpertCase("geglu with biases", 40, 32, 24, 4, 2, activation="geglu", bias=True),
     ExpertCase("tanh geglu", 40, 32, 24, 4, 2, activation="geglu_tanh"),

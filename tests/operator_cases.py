@@ -13,6 +13,7 @@ from tests.kernel_cases import ROUTERS, ExpertCase, check_close, check_routing, 
 ROUTE_SHAPES = {
     "no tokens": (0, 8, 2),
     "one token": (1, 8, 2),
+    "one expert": (3, 1, 1),
     "k = 1": (5, 8, 1),
     "several blocks, prime E, k = E": (70, 13, 13),
     "several blocks": (300, 32, 6),
@@ -111,13 +112,13 @@ def run_opcheck(device: str) -> None:
         torch.library.opcheck(operator, arguments)
 
 
-def check_fullgraph(device: str, dtype: torch.dtype) -> None:
+def check_fullgraph(device: str, dtype: torch.dtype, backend: str = "aot_eager") -> None:
     """The whole layer traces into one graph and gives what eager gives, forward and backward."""
     torch.manual_seed(0)
     config = MoEConfig(32, 32, 24, 4, 2, shared_hidden_dim=16)
     layer = AdvancedMoELayer.from_config(config).to(device, dtype)
     x = torch.randn(6, 32, device=device, dtype=dtype)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
     results = []
     for run in (layer, compiled):
         leaf = x.clone().requires_grad_()

@@ -64,8 +64,9 @@ def test_opcheck():
     cases.run_opcheck("cuda")
 
 
-def test_whole_layer_traces_without_a_break():
-    cases.check_fullgraph("cuda", torch.float32)
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_whole_layer_traces_without_a_break(backend):
+    cases.check_fullgraph("cuda", torch.float32, backend)
 
 
 def make_layer(dtype: torch.dtype = torch.bfloat16, **changes) -> AdvancedMoELayer:
