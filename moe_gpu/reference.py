@@ -225,7 +225,7 @@ def route_reference(
 
 def permute_reference(x_TH: torch.Tensor, routing: Routing) -> torch.Tensor:
     """Rows sorted by expert, (R, H); zero in the rows that no expert computes."""
-    rows = x_TH[routing.row_token_R.long()]
+    rows = x_TH.index_select(0, routing.row_token_R)
     used = torch.arange(rows.shape[0], device=rows.device) < routing.offsets_P[-1]
     return torch.where(used.unsqueeze(-1), rows, torch.zeros((), dtype=rows.dtype, device=rows.device))
 
@@ -235,7 +235,8 @@ def combine_reference(y_RO: torch.Tensor, routing: Routing) -> torch.Tensor:
     row = routing.row_of_route_TK.long()
     kept = (row != INVALID).unsqueeze(-1)
     wide = torch.promote_types(y_RO.dtype, torch.float32)
-    parts = y_RO[row.clamp(min=0)].to(wide) * routing.topk_weights_TK.to(wide).unsqueeze(-1)
+    y_TKO = y_RO.index_select(0, row.clamp(min=0).flatten()).view(*row.shape, y_RO.shape[1])
+    parts = y_TKO.to(wide) * routing.topk_weights_TK.to(wide).unsqueeze(-1)
     return torch.where(kept, parts, torch.zeros((), dtype=wide, device=y_RO.device)).sum(1).to(y_RO.dtype)
 
 
@@ -244,17 +245,18 @@ def grouped_gemm_reference(
 ) -> torch.Tensor:
     """`a[rows of e] @ w[e].T + bias[e]` for each expert e, (R, N); zero in the rows past the last offset."""
     bounds = offsets_P.tolist()
+    # One unbind instead of an index each: the gradient of an index is as large as all the experts.
+    biases = [None] * w_ENK.shape[0] if bias_EN is None else bias_EN.unbind()
     pieces = []
-    for expert in range(w_ENK.shape[0]):
-        rows = a_RK[bounds[expert] : bounds[expert + 1]]
-        pieces.append(F.linear(rows, w_ENK[expert], None if bias_EN is None else bias_EN[expert]))
+    for expert, (weight, bias) in enumerate(zip(w_ENK.unbind(), biases, strict=True)):
+        pieces.append(F.linear(a_RK[bounds[expert] : bounds[expert + 1]], weight, bias))
     pieces.append(a_RK.new_zeros(a_RK.shape[0] - bounds[-1], w_ENK.shape[1]))
     return torch.cat(pieces)
 
 
 def experts_reference(x_TH: torch.Tensor, routing: Routing, weights: ExpertWeights, activation: str) -> torch.Tensor:
     """The whole expert part: permute, up, activation, (mid, activation,) down, combine; (T, O)."""
-    rows = permute_reference(x_TH, routing)
+    rows = x_TH.index_select(0, routing.row_token_R)  # those past the last offset are not read
     offsets = routing.offsets_P
     h = activate_reference(grouped_gemm_reference(rows, weights.up_EGH, offsets, weights.up_bias_EG), activation)
     if weights.mid_EII is not None:
