@@ -14,8 +14,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from moe_gpu.console import writable_directory
-from moe_gpu.results import TrainingRow, describe_machine, write_rows
+from moe_gpu.results import TrainingRow, describe_machine, writable_directory, write_rows
 from moe_gpu.training import TrainConfig, train
 
 SEEDS = (0, 1, 2)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 Progress = Callable[[int, int, str], None]
 """`progress(done, total, what)`: how far a piece of work is."""
@@ -47,15 +45,3 @@ def _plain_progress(title: str) -> Progress:
             print(f"{title}: {done}/{total} {what}".rstrip(), file=sys.stderr, flush=True)
 
     return report
-
-
-def writable_directory(path: str | Path) -> Path:
-    """The folder, made if need be, in which a file could be written just now; ValueError where none can."""
-    path = Path(path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise ValueError(f"cannot write to {path}: {error.strerror}; choose another --output-dir") from error
-    return path

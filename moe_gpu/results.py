@@ -190,6 +190,18 @@ def write_atomically(path: str | Path, content: bytes) -> None:
         raise
 
 
+def writable_directory(path: str | Path) -> Path:
+    """The folder, made if need be, in which a file could be written just now; ValueError where none can."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write to {path}: {error.strerror}; choose another --output-dir") from error
+    return path
+
+
 def read_rows(path: str | Path) -> list[Row]:
     """All rows of a file; ResultsError in one line for a missing, empty, truncated or corrupt one."""
     path = Path(path)

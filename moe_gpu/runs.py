@@ -11,11 +11,20 @@ from moe_gpu.benchmark import MoEBenchmark, run_full_benchmark, run_quick_benchm
 from moe_gpu.benchmark.suite import choose_device
 from moe_gpu.benchmark.table import print_rows
 from moe_gpu.config import PRESETS, MoEConfig
-from moe_gpu.console import progress_bar, writable_directory
+from moe_gpu.console import progress_bar
 from moe_gpu.plots import FIGURES, draw_training, require_matplotlib
 from moe_gpu.profiler import RoutingTrace
 from moe_gpu.report import write_report
-from moe_gpu.results import BenchmarkRow, Row, TrainingRow, describe_machine, read_rows, select, write_rows
+from moe_gpu.results import (
+    BenchmarkRow,
+    Row,
+    TrainingRow,
+    describe_machine,
+    read_rows,
+    select,
+    writable_directory,
+    write_rows,
+)
 from moe_gpu.training import TrainConfig, TrainResult, train
 
 RESULTS_FILE = "results.jsonl"

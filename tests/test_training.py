@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -148,77 +147,6 @@ def test_a_step_reads_nothing_from_the_device(tmp_path, monkeypatch):
     for name in ("item", "tolist", "__bool__", "__float__", "__int__"):
         monkeypatch.setattr(torch.Tensor, name, forbidden)
     trainer.advance()
-
-
-# Text
-
-
-def test_default_text_holds_nothing_out_that_it_trains_on():
-    text = load_text(context=96)
-    trained, held_out = bytes(text.train.numpy()), bytes(text.held_out.numpy())
-    assert len(trained) > 200_000
-    assert len(held_out) == pytest.approx(len(trained) / 9, abs=1)
-    repeated = [start for start in range(0, len(held_out) - 150, 50) if held_out[start : start + 150] in trained]
-    assert not repeated
-
-
-def test_batches_depend_on_seed_and_step_alone():
-    text = load_text()
-    inputs, targets = text.batch(7, 4, 16, seed=1)
-    again, _ = text.batch(7, 4, 16, seed=1)
-    assert torch.equal(inputs, again)
-    assert torch.equal(inputs[:, 1:], targets[:, :-1])
-    assert bytes(inputs[0].tolist()) in bytes(text.train.numpy())
-    assert not torch.equal(inputs, text.batch(8, 4, 16, seed=1)[0])
-    assert not torch.equal(inputs, text.batch(7, 4, 16, seed=2)[0])
-
-
-def test_held_out_batches_reach_both_ends(tmp_path):
-    path = tmp_path / "text"
-    path.write_bytes(bytes(range(100)) * 10)  # held out: 0 .. 99
-    text = load_text([path], context=8)
-    batches = [inputs for inputs, _ in text.held_out_batches(2, 8, 100)]
-    starts = [sequence[0].item() for inputs in batches for sequence in inputs]
-    assert starts[0] == 0
-    assert starts[-1] == 100 - 9
-    assert len(starts) == 12
-
-
-def test_own_text_is_used_as_it_is(tmp_path):
-    first, second = tmp_path / "a.txt", tmp_path / "b.bin"
-    first.write_text("naïve " * 100, encoding="utf-8")
-    second.write_bytes(b"\xff\x00" * 100)
-    text = load_text([first, second])
-    content = first.read_bytes() + b"\n" + second.read_bytes()
-    assert bytes(torch.cat([text.train, text.held_out]).numpy()) == content
-    assert text.source == "a.txt, b.bin"
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("missing.txt", "cannot read data file .*missing.txt: No such file"),
-        ("folder", "data file .*folder is a folder; name the text files"),
-        ("empty.txt", "data file .*empty.txt is empty"),
-        ("short.txt", "short.txt: 11 bytes are too short for context=32; give at least 330 bytes"),
-    ],
-)
-def test_bad_data_is_one_line(tmp_path, name, message):
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "empty.txt").write_text(" \n")
-    (tmp_path / "short.txt").write_text("hello world")
-    output = tmp_path / "out"
-    with pytest.raises(ValueError, match=message) as caught:
-        train(replace(TINY, data=(tmp_path / name,)), output)
-    assert "\n" not in str(caught.value)
-    assert not output.exists()
-
-
-def test_the_shortest_text_that_is_promised_to_do_does(tmp_path):
-    path = tmp_path / "short.txt"
-    path.write_bytes(b"x" * 330)
-    assert load_text([path], context=32).held_out.numel() == 33
-    assert train(replace(TINY, steps=1, data=(path,)), tmp_path).eval_loss > 0
 
 
 # Configuration
@@ -513,83 +441,3 @@ def test_trace_holds_the_routers_own_choices_in_text_order(max_tokens):
 def test_trace_of_nothing_is_refused():
     with pytest.raises(ValueError, match="a trace needs a 1-D text and one token"):
         record_trace(MoELanguageModel(TINY), torch.zeros(0, dtype=torch.uint8), 10)
-
-
-# Examples
-
-
-@pytest.fixture
-def run_example(monkeypatch, capsys):
-    """`run_example(name, *arguments)` runs examples/name here and returns its exit status, stdout and stderr."""
-
-    def run(name: str, *arguments: object) -> tuple[int, str, str]:
-        monkeypatch.syspath_prepend(str(ROOT / "examples"))
-        monkeypatch.setattr(sys, "argv", [name, "--device", "cpu", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
-        return caught.value.code, *capsys.readouterr()
-
-    return run
-
-
-def test_simple_example_runs_as_a_script_and_draws_its_loss(tmp_path):
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    command = [
-        sys.executable,
-        "examples/train_moe.py",
-        "--steps",
-        "3",
-        "--device",
-        "cpu",
-        "--output-dir",
-        str(tmp_path),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "training_loss.png").read_bytes().startswith(b"\x89PNG")
-    assert "held-out loss: " in done.stdout
-
-
-def test_advanced_example_writes_what_it_promises_and_resumes(tmp_path, run_example):
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    status, _, errors = run_example("train_advanced_moe.py", "--steps", 3, "--output-dir", tmp_path)
-    assert status == 0, errors
-    state = torch.load(tmp_path / "advanced_moe_model.pth", weights_only=True)
-    MoELanguageModel(TrainConfig.for_device("cpu")).load_state_dict(state)
-    stats = json.loads((tmp_path / "training_stats.json").read_text())
-    assert stats["config"]["steps"] == 3
-    assert [sum(counts) for counts in stats["routes_per_layer_and_expert"]] == [3 * 16 * 96 * 2] * 2
-    assert (tmp_path / "training_results.png").read_bytes().startswith(b"\x89PNG")
-    status, _, errors = run_example("train_advanced_moe.py", "--steps", 5, "--resume", "--output-dir", tmp_path)
-    assert status == 0, errors
-    steps = [row["step"] for row in json.loads((tmp_path / "training_stats.json").read_text())["rows"] if "step" in row]
-    assert steps == [1, 3, 5]
-
-
-def test_ctrl_c_in_an_example_is_one_line_and_status_130(tmp_path, run_example, monkeypatch):
-    def interrupted(*arguments, **options):
-        raise KeyboardInterrupt("interrupted at step 7 of 9")
-
-    monkeypatch.setattr("moe_gpu.training.train", interrupted)
-    status, _, errors = run_example("train_advanced_moe.py", "--output-dir", tmp_path)
-    assert (status, errors) == (130, "train_advanced_moe.py: interrupted at step 7 of 9\n")
-
-
-@pytest.mark.parametrize("example", ["train_moe.py", "train_advanced_moe.py"])
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--steps", "-1"], "steps=-1 must be an integer of at least 1"),
-        (["--steps", "many"], "invalid int value: 'many'"),
-        (["--frobnicate"], "unrecognized arguments: --frobnicate"),
-        (["--data", "no-such-file.txt"], "cannot read data file no-such-file.txt: No such file or directory"),
-        (["--output-dir", f"{__file__}/out"], "Not a directory; choose another"),
-    ],
-)
-def test_mistakes_are_one_line_and_status_2(tmp_path, run_example, example, arguments, message):
-    status, output, errors = run_example(example, "--output-dir", tmp_path / "out", *arguments)
-    assert (status, output) == (2, "")
-    assert message in errors
-    assert errors.count("\n") == 1
-    assert not list(tmp_path.rglob("*.*"))

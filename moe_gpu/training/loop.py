@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from moe_gpu.results import ExpertLoadRow, TrainingRow
+from moe_gpu.results import ExpertLoadRow, TrainingRow, writable_directory
 from moe_gpu.training.checkpoint import (
     INDEX,
     TRAIN_ROWS,
@@ -238,7 +237,7 @@ def train(
     trainer = Trainer(config, text)
     if resume:
         trainer.restore(directory)
-    _make_writable(directory)
+    writable_directory(directory)  # known before the first step, not at the first checkpoint
     with deferred_interrupt() as pressed:
         while trainer.step < config.steps:
             trainer.advance()
@@ -256,16 +255,6 @@ def train(
                 )
     eval_loss = trainer.eval_loss if trainer.eval_loss is not None else evaluate(trainer.model, text)
     return TrainResult(config, trainer.rows, trainer.model, text, directory / INDEX, eval_loss, trainer.elapsed_s)
-
-
-def _make_writable(directory: Path) -> None:
-    """Find out before the first step, not at the first checkpoint, whether files can be written there."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-    except OSError as error:
-        raise ValueError(f"cannot write to {directory}: {error.strerror}; choose another output folder") from error
 
 
 def _asked_to_stop(trainer: Trainer, on_step: OnStep | None) -> bool:
