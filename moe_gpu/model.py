@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from moe_gpu.config import MoEConfig, RouterConfig, validate_expert
-from moe_gpu.profiler import ExpertProfiler
+from moe_gpu.profiler import AsyncCopy, ExpertProfiler
 from moe_gpu.reference import (
     ExpertWeights,
     Routing,
@@ -78,7 +78,7 @@ class MoEStats:
     """What a forward pass did. Every tensor stays on the device; nothing is read until asked for.
 
     `counts_E`, `dropped_tokens` and the losses are tensors: use them in a loss, or hand them to the profiler, whose
-    copies to the host are asynchronous. Calling `.item()` on one waits for the GPU.
+    copies to the host are asynchronous, or call `copy_counts()`. Reading one directly waits for the GPU.
     """
 
     routing: Routing
@@ -99,6 +99,10 @@ class MoEStats:
     def invalid_routes(self) -> torch.Tensor:
         """0-dim: routes without a usable expert, such as a token of NaN logits."""
         return self.routing.num_invalid
+
+    def copy_counts(self) -> AsyncCopy:
+        """Start copying `counts_E` to the host: `.ready()` never waits, `.result()` waits for this copy alone."""
+        return AsyncCopy(self.counts_E)
 
     @property
     def load_balancing_loss(self) -> torch.Tensor:

@@ -63,6 +63,7 @@ class ExpertCase:
     bias: bool = False
     routing: str = "random"
     capacity: int | None = None
+    strided: bool = False
 
 
 EXPERT_CASES = [
@@ -85,6 +86,21 @@ EXPERT_CASES = [
     ExpertCase("three linear layers with biases", 40, 32, 24, 4, 2, activation="gelu", depth=2, bias=True),
     ExpertCase("three linear layers, silu", 18, 20, 33, 5, 2, activation="silu", depth=2),
 ]
+
+
+# x as a slice of wider rows, and weights stored with their last two axes exchanged, as gpt-oss stores them.
+STRIDED_CASES = [
+    ExpertCase("strided", 40, 32, 24, 4, 2, strided=True),
+    ExpertCase("strided, odd widths", 21, 27, 19, 3, 2, output_dim=13, strided=True),
+    ExpertCase("strided, with biases", 40, 32, 24, 4, 2, activation="gelu", depth=2, bias=True, strided=True),
+]
+
+
+def other_strides(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values with other strides: a column slice of a wider matrix, or stacked matrices stored transposed."""
+    if tensor.dim() == 3:
+        return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+    return torch.cat([tensor, torch.full_like(tensor, torch.nan)], dim=1)[:, : tensor.shape[1]]
 
 
 def make_ids(case: ExpertCase, generator: torch.Generator) -> torch.Tensor:
@@ -116,7 +132,10 @@ class ExpertProblem:
         wide = torch.float64 if dtype == torch.float64 else torch.float32
 
         def leaf(tensor: torch.Tensor | None, to: torch.dtype) -> torch.Tensor | None:
-            return None if tensor is None else tensor.detach().to(to).clone().requires_grad_()
+            if tensor is None:
+                return None
+            value = tensor.detach().to(to).clone()
+            return (other_strides(value) if self.case.strided else value).requires_grad_()
 
         x = leaf(self.x_TH, dtype)
         routing_weights = leaf(self.topk_weights_TK, wide)

@@ -190,7 +190,8 @@ def _experts_backward(
         return x.new_empty(0)
 
     route = {"route_R": row_route}
-    grad_out = grad_out.contiguous()
+    # Kernels that go by route address these flat.
+    grad_out, weights, ids = grad_out.contiguous(), weights.contiguous(), ids.contiguous()
     grad_down = grad_up = grad_mid = grad_up_bias = grad_mid_bias = grad_down_bias = None
     grad_h, act, partials = grouped_gemm_grad_act(
         grad_out,

@@ -11,7 +11,7 @@ from moe_gpu.profiler import ExpertProfiler
 from moe_gpu.reference import ExpertWeights
 from moe_gpu.triton_kernels.ops import TritonExpertOps
 from tests import operator_cases as cases
-from tests.kernel_cases import EXPERT_CASES, ExpertCase, check_experts
+from tests.kernel_cases import EXPERT_CASES, STRIDED_CASES, ExpertCase, check_experts
 
 capable = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 pytestmark = [
@@ -36,7 +36,7 @@ REAL_CASES = [
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", [*EXPERT_CASES, *REAL_CASES], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*EXPERT_CASES, *STRIDED_CASES, *REAL_CASES], ids=lambda case: case.name)
 def test_experts(case, dtype):
     check_experts(case, dtype, "cuda")
 
