@@ -12,7 +12,7 @@ import platform
 import subprocess
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, ClassVar
@@ -104,6 +104,11 @@ class BenchmarkRow:
     energy_j_per_token: float | None = None
     sm_clock_mhz: float | None = None
     power_w: float | None = None
+    device: str | None = None  # from here on as in the Machine row, so that a row can stand alone
+    driver: str | None = None
+    torch: str | None = None
+    triton: str | None = None
+    commit: str | None = None
 
 
 @dataclass(frozen=True)
@@ -143,6 +148,12 @@ _KINDS: dict[str, Any] = {cls.kind: cls for cls in (Machine, Ceiling, BenchmarkR
 
 class ResultsError(ValueError):
     """A results file cannot be read; the message names the file, the line and the remedy."""
+
+
+def stamp(row: BenchmarkRow, machine: Machine) -> BenchmarkRow:
+    """The row with its machine, versions and commit, so that it can stand alone."""
+    names = ("device", "driver", "torch", "triton", "commit")
+    return replace(row, **{name: getattr(machine, name) for name in names})
 
 
 def to_json(row: Row) -> str:

@@ -27,7 +27,7 @@ from moe_gpu.benchmark.table import print_rows
 from moe_gpu.benchmark.timing import attempt
 from moe_gpu.config import PRESETS, MoEConfig
 from moe_gpu.profiler import RoutingTrace
-from moe_gpu.results import BenchmarkRow, Ceiling, Row, describe_machine, write_rows
+from moe_gpu.results import BenchmarkRow, Ceiling, Row, describe_machine, stamp, write_rows
 
 LAUNCHES = ("eager", "graph")
 Progress = Callable[[int, int, str], None]
@@ -177,7 +177,8 @@ class MoEBenchmark:
             for routing in self.routings:
                 self._measure_problem(size, routing, peak, rows, report)
         report(self.num_steps, f"{self.model} done")
-        return rows
+        machine = describe_machine(self.device)
+        return [stamp(row, machine) for row in rows]
 
     def _measure_problem(
         self,
