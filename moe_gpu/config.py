@@ -76,7 +76,7 @@ class RouterConfig:
     def validate_for(self, num_experts: int, top_k: int) -> None:
         """Raise ValueError unless `top_k` of `num_experts` can be chosen under the group limit."""
         if top_k > num_experts:
-            raise ValueError(f"top_k={top_k} exceeds num_experts={num_experts}")
+            raise ValueError(f"top_k={top_k} exceeds num_experts={num_experts}; choose at most {num_experts}")
         if num_experts % self.n_group:
             raise ValueError(f"num_experts={num_experts} is not a multiple of n_group={self.n_group}")
         eligible = num_experts // self.n_group * self.topk_group

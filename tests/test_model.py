@@ -309,3 +309,12 @@ def test_an_expert_computes_swiglu_gate_first():
 def test_an_expert_of_two_hidden_layers_cannot_be_gated():
     with pytest.raises(ValueError, match="depth=2 needs a plain activation"):
         Expert(3, 3, 4, activation="swiglu", depth=2)
+
+
+def test_counts_travel_to_the_host_on_request():
+    layer = AdvancedMoELayer(8, 8, 8, num_experts=4, top_k=2)
+    _, stats = layer(torch.randn(10, 8))
+    copy = stats.copy_counts()
+    assert copy.ready()
+    assert torch.equal(copy.result(), stats.counts_E)
+    assert copy.result().sum() == 20

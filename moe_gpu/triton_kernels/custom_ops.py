@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,7 +25,7 @@ from moe_gpu.triton_kernels.gather_scatter import (
 from moe_gpu.triton_kernels.grouped_gemm import grouped_gemm_forward, is_hopper, num_sms
 from moe_gpu.triton_kernels.grouped_gemm_grad import grouped_gemm_grad_act, grouped_gemm_grad_w
 from moe_gpu.triton_kernels.routing_grad import route_backward
-from moe_gpu.triton_kernels.tuning import gather_first, gemm_config, mlp_config
+from moe_gpu.triton_kernels.tuning import GemmConfig, gather_first, gemm_config, mlp_config
 
 NAMESPACE = "moe_gpu"
 _ROUTER = (
@@ -91,183 +91,136 @@ def _sort_routes_fake(ids, num_experts, capacity):
     return bins, torch.empty_like(bins), rows, ids.new_empty(ids.shape)
 
 
-def _experts(
-    x,
-    weights,
-    ids,
-    row_route,
-    row_of_route,
-    offsets,
-    up,
-    down,
-    mid,
-    up_bias,
-    mid_bias,
-    down_bias,
-    activation,
-    save,
-    fused,
-):
-    num_rows, num_experts, top_k = row_route.shape[0], up.shape[0], ids.shape[1]
-    nothing = x.new_empty(0)
+class _Operands(NamedTuple):
+    """What `experts` and its gradient share, in the order of their schemas."""
+
+    x: torch.Tensor
+    weights: torch.Tensor
+    ids: torch.Tensor
+    row_route: torch.Tensor
+    row_of_route: torch.Tensor
+    offsets: torch.Tensor
+    up: torch.Tensor
+    down: torch.Tensor
+    mid: torch.Tensor | None
+    up_bias: torch.Tensor | None
+    mid_bias: torch.Tensor | None
+    down_bias: torch.Tensor | None
+    activation: str
+
+    @classmethod
+    def split(cls, arguments: tuple) -> tuple[_Operands, tuple]:
+        """The operands at the front of an operator's arguments, and the arguments after them."""
+        size = len(cls._fields)
+        return cls(*arguments[:size]), arguments[size:]
+
+    @property
+    def num_rows(self) -> int:
+        return self.row_route.shape[0]
+
+    @property
+    def num_experts(self) -> int:
+        return self.up.shape[0]
+
+    @property
+    def top_k(self) -> int:
+        return self.ids.shape[1]
+
+    def tile(self, kind: str) -> GemmConfig:
+        return _tile(kind, self.x, self.num_rows, self.num_experts)
+
+    def absent(self) -> torch.Tensor:
+        """Stands for a result that there is not: operators return tensors only."""
+        return self.x.new_empty(0)
+
+
+def _experts(*arguments):
+    o, (save, fused) = _Operands.split(arguments)
     if fused:
-        tile = mlp_config(x.dtype, down.shape[2], num_rows, num_experts, num_sms(x.device))
-        y = expert_mlp_forward(x, row_route, offsets, top_k, up, down, activation, tile, up_bias, down_bias)
-        return combine_forward(y, row_of_route, weights, x.dtype), nothing, torch.empty_like(nothing)
-    tile = _tile("up", x, num_rows, num_experts)
-    a, h = grouped_gemm_forward(
-        x,
-        up,
-        offsets,
-        num_rows,
-        tile,
-        route_R=row_route,
-        top_k=top_k,
-        activation=activation,
-        bias_EN=up_bias,
-        save_h=save,
-    )
-    tile = _tile("down", x, num_rows, num_experts)
-    h2 = None
-    if mid is not None:
-        a, h2 = grouped_gemm_forward(
-            a, mid, offsets, num_rows, tile, activation=activation, bias_EN=mid_bias, save_h=save
+        tile = mlp_config(o.x.dtype, o.down.shape[2], o.num_rows, o.num_experts, num_sms(o.x.device))
+        y = expert_mlp_forward(
+            o.x, o.row_route, o.offsets, o.top_k, o.up, o.down, o.activation, tile, o.up_bias, o.down_bias
         )
-    y, _ = grouped_gemm_forward(a, down, offsets, num_rows, tile, bias_EN=down_bias)
-    out = combine_forward(y, row_of_route, weights, x.dtype)
-    return out, nothing if h is None else h, torch.empty_like(nothing) if h2 is None else h2
+        return combine_forward(y, o.row_of_route, o.weights, o.x.dtype), o.absent(), o.absent()
+    keep: dict[str, Any] = {"activation": o.activation, "save_h": save}
+    gather: dict[str, Any] = {"route_R": o.row_route, "top_k": o.top_k}
+    a, h = grouped_gemm_forward(o.x, o.up, o.offsets, o.num_rows, o.tile("up"), bias_EN=o.up_bias, **gather, **keep)
+    h2 = None
+    if o.mid is not None:
+        a, h2 = grouped_gemm_forward(a, o.mid, o.offsets, o.num_rows, o.tile("down"), bias_EN=o.mid_bias, **keep)
+    y, _ = grouped_gemm_forward(a, o.down, o.offsets, o.num_rows, o.tile("down"), bias_EN=o.down_bias)
+    out = combine_forward(y, o.row_of_route, o.weights, o.x.dtype)
+    return out, o.absent() if h is None else h, o.absent() if h2 is None else h2
 
 
-def _experts_fake(
-    x,
-    weights,
-    ids,
-    row_route,
-    row_of_route,
-    offsets,
-    up,
-    down,
-    mid,
-    up_bias,
-    mid_bias,
-    down_bias,
-    activation,
-    save,
-    fused,
-):
-    out = x.new_empty(x.shape[0], down.shape[1])
-    h = x.new_empty(row_route.shape[0], up.shape[1]) if save else x.new_empty(0)
-    h2 = x.new_empty(row_route.shape[0], mid.shape[1]) if save and mid is not None else x.new_empty(0)
+def _experts_fake(*arguments):
+    o, (save, _fused) = _Operands.split(arguments)
+    out = o.x.new_empty(o.x.shape[0], o.down.shape[1])
+    h = o.x.new_empty(o.num_rows, o.up.shape[1]) if save else o.absent()
+    h2 = o.x.new_empty(o.num_rows, o.mid.shape[1]) if save and o.mid is not None else o.absent()
     return out, h, h2
 
 
-def _experts_backward(
-    grad_out,
-    x,
-    weights,
-    ids,
-    row_route,
-    row_of_route,
-    offsets,
-    up,
-    down,
-    mid,
-    up_bias,
-    mid_bias,
-    down_bias,
-    activation,
-    h,
-    h2,
-    need_x,
-    need_weights,
-):
-    num_rows, num_experts, top_k = row_route.shape[0], up.shape[0], ids.shape[1]
+def _gathered_grad_w(o: _Operands, d: torch.Tensor, a: torch.Tensor, like: torch.Tensor, gather_d: bool):
+    """D^T A where one operand has a row per token: gathered inside the product, or before it if that is faster."""
+    grad_w = torch.empty_like(like)
+    if gather_first(like.shape[1], o.num_rows, o.num_experts):
+        rows = permute_forward(d if gather_d else a, o.row_route, o.offsets, o.top_k)
+        d, a = (rows, a) if gather_d else (d, rows)
+        return grouped_gemm_grad_w(d, a, grad_w, o.offsets, o.tile("grad_w"))
+    gather: dict[str, Any] = {"gather_d": gather_d, "gather_a": not gather_d, "top_k": o.top_k, "route_R": o.row_route}
+    return grouped_gemm_grad_w(d, a, grad_w, o.offsets, o.tile("grad_w_gather"), **gather)
 
-    def tile(kind):
-        return _tile(kind, x, num_rows, num_experts)
 
-    def absent():
-        return x.new_empty(0)
-
-    route = {"route_R": row_route}
+def _experts_backward(grad_out, *arguments):
+    o, (h, h2, need_x, need_weights) = _Operands.split(arguments)
+    grad_out = grad_out.contiguous()
     # Kernels that go by route address these flat.
-    grad_out, weights, ids = grad_out.contiguous(), weights.contiguous(), ids.contiguous()
+    o = o._replace(weights=o.weights.contiguous(), ids=o.ids.contiguous())
+    by_route = {"route_R": o.row_route, "route_weight_TK": o.weights}
     grad_down = grad_up = grad_mid = grad_up_bias = grad_mid_bias = grad_down_bias = None
+    last_h = h if o.mid is None else h2
     grad_h, act, partials = grouped_gemm_grad_act(
-        grad_out,
-        down.transpose(1, 2),
-        h if mid is None else h2,
-        activation,
-        offsets,
-        tile("grad_act"),
-        route_weight_TK=weights,
-        **route,
+        grad_out, o.down.transpose(1, 2), last_h, o.activation, o.offsets, o.tile("grad_act"), **by_route
     )
-
-    def gathered_grad_w(d, a, like, gather_d):
-        """D^T A where one operand has a row per token: gathered inside the product, or before it if that is faster."""
-        if gather_first(like.shape[1], num_rows, num_experts):
-            rows = permute_forward(d if gather_d else a, row_route, offsets, top_k)
-            d, a = (rows, a) if gather_d else (d, rows)
-            return grouped_gemm_grad_w(d, a, torch.empty_like(like), offsets, tile("grad_w"))
-        gather = {"gather_d": gather_d, "gather_a": not gather_d, "top_k": top_k, **route}
-        return grouped_gemm_grad_w(d, a, torch.empty_like(like), offsets, tile("grad_w_gather"), **gather)
-
     if need_weights:
-        grad_down = gathered_grad_w(grad_out, act, down, gather_d=True)
-        if down_bias is not None:
-            grad_down_bias = grad_bias(grad_out, down_bias, offsets, route_weight_TK=weights, **route)
-    if mid is not None:
+        grad_down = _gathered_grad_w(o, grad_out, act, o.down, gather_d=True)
+        if o.down_bias is not None:
+            grad_down_bias = grad_bias(grad_out, o.down_bias, o.offsets, **by_route)
+    if o.mid is not None:
         grad_h2 = grad_h
-        grad_h, act, _ = grouped_gemm_grad_act(grad_h2, mid.transpose(1, 2), h, activation, offsets, tile("grad_act"))
+        grad_h, act, _ = grouped_gemm_grad_act(
+            grad_h2, o.mid.transpose(1, 2), h, o.activation, o.offsets, o.tile("grad_act")
+        )
         if need_weights:
-            grad_mid = grouped_gemm_grad_w(grad_h2, act, torch.empty_like(mid), offsets, tile("grad_w"))
-            if mid_bias is not None:
-                grad_mid_bias = grad_bias(grad_h2, mid_bias, offsets)
+            grad_mid = grouped_gemm_grad_w(grad_h2, act, torch.empty_like(o.mid), o.offsets, o.tile("grad_w"))
+            if o.mid_bias is not None:
+                grad_mid_bias = grad_bias(grad_h2, o.mid_bias, o.offsets)
     del act
     if need_weights:
-        grad_up = gathered_grad_w(grad_h, x, up, gather_d=False)
-        if up_bias is not None:
-            grad_up_bias = grad_bias(grad_h, up_bias, offsets)
+        grad_up = _gathered_grad_w(o, grad_h, o.x, o.up, gather_d=False)
+        if o.up_bias is not None:
+            grad_up_bias = grad_bias(grad_h, o.up_bias, o.offsets)
     grad_x = None
     if need_x:
-        grad_rows, _ = grouped_gemm_forward(grad_h, up.transpose(1, 2), offsets, num_rows, tile("grad_x"))
-        grad_x = combine_forward(grad_rows, row_of_route, None, x.dtype)
+        grad_rows, _ = grouped_gemm_forward(grad_h, o.up.transpose(1, 2), o.offsets, o.num_rows, o.tile("grad_x"))
+        grad_x = combine_forward(grad_rows, o.row_of_route, None, o.x.dtype)
     assert partials is not None  # gathered, so there are some
-    grad_weights = weight_gradient(partials, row_of_route, ids, grad_out, down_bias)
+    grad_weights = weight_gradient(partials, o.row_of_route, o.ids, grad_out, o.down_bias)
     grads = (grad_x, grad_weights, grad_up, grad_down, grad_mid, grad_up_bias, grad_mid_bias, grad_down_bias)
-    return tuple(absent() if grad is None else grad for grad in grads)
+    return tuple(o.absent() if grad is None else grad for grad in grads)
 
 
-def _experts_backward_fake(
-    grad_out,
-    x,
-    weights,
-    ids,
-    row_route,
-    row_of_route,
-    offsets,
-    up,
-    down,
-    mid,
-    up_bias,
-    mid_bias,
-    down_bias,
-    activation,
-    h,
-    h2,
-    need_x,
-    need_weights,
-):
-    def like(tensor, needed=need_weights):
-        return torch.empty_like(tensor) if needed and tensor is not None else x.new_empty(0)
+def _experts_backward_fake(grad_out, *arguments):
+    o, (_h, _h2, need_x, need_weights) = _Operands.split(arguments)
 
-    grad_x = x.new_empty(x.shape) if need_x else x.new_empty(0)
-    biases = (
-        bias.new_empty(bias.shape) if need_weights and bias is not None else x.new_empty(0)
-        for bias in (up_bias, mid_bias, down_bias)
-    )
-    return grad_x, weights.new_empty(weights.shape, dtype=torch.float32), like(up), like(down), like(mid), *biases
+    def like(tensor):
+        return torch.empty_like(tensor) if need_weights and tensor is not None else o.absent()
+
+    grad_x = o.x.new_empty(o.x.shape) if need_x else o.absent()
+    grad_weights = o.weights.new_empty(o.weights.shape, dtype=torch.float32)
+    biases = (None if bias is None else bias.new_empty(bias.shape) for bias in (o.up_bias, o.mid_bias, o.down_bias))
+    return grad_x, grad_weights, like(o.up), like(o.down), like(o.mid), *map(like, biases)
 
 
 def _permute(x, row_route, row_of_route, offsets):
