@@ -22,7 +22,7 @@ from moe_gpu.triton_kernels.gather_scatter import (
     route_dot,
     weight_gradient,
 )
-from moe_gpu.triton_kernels.grouped_gemm import grouped_gemm_forward, is_hopper, num_sms
+from moe_gpu.triton_kernels.grouped_gemm import grouped_gemm_forward, num_sms, shared_bytes
 from moe_gpu.triton_kernels.grouped_gemm_grad import grouped_gemm_grad_act, grouped_gemm_grad_w
 from moe_gpu.triton_kernels.routing_grad import route_backward
 from moe_gpu.triton_kernels.tuning import GemmConfig, gather_first, gemm_config, mlp_config
@@ -57,7 +57,7 @@ _router = functools.lru_cache(maxsize=64)(RouterConfig)
 
 
 def _tile(kind, tensor, num_rows, num_experts):
-    return gemm_config(kind, tensor.dtype, num_rows, num_experts, is_hopper(tensor.device))
+    return gemm_config(kind, tensor.dtype, num_rows, num_experts, shared_bytes(tensor.device))
 
 
 def _route(logits, bias, top_k, *rest):
@@ -137,7 +137,9 @@ class _Operands(NamedTuple):
 def _experts(*arguments):
     o, (save, fused) = _Operands.split(arguments)
     if fused:
-        tile = mlp_config(o.x.dtype, o.down.shape[2], o.num_rows, o.num_experts, num_sms(o.x.device))
+        device = o.x.device
+        sizes = (o.down.shape[2], o.num_rows, o.num_experts, num_sms(device), shared_bytes(device))
+        tile = mlp_config(o.x.dtype, *sizes)
         y = expert_mlp_forward(
             o.x, o.row_route, o.offsets, o.top_k, o.up, o.down, o.activation, tile, o.up_bias, o.down_bias
         )

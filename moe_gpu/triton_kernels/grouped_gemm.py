@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from moe_gpu.config import ACTIVATIONS
-from moe_gpu.triton_kernels.tuning import GemmConfig, cdiv, next_power_of_2
+from moe_gpu.triton_kernels.tuning import HOPPER_SHARED_BYTES, GemmConfig, cdiv, next_power_of_2
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
@@ -268,9 +268,12 @@ def num_sms(device: torch.device) -> int:
 
 
 @functools.cache
-def is_hopper(device: torch.device) -> bool:
-    """Whether the device has Hopper's tensor cores and shared memory, or newer."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+def shared_bytes(device: torch.device) -> int:
+    """Shared memory that one program may use; Hopper's for the interpreter, so that it runs Hopper's tiles."""
+    if device.type != "cuda":
+        return HOPPER_SHARED_BYTES
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
 
 
 def dot_precision(dtype: torch.dtype) -> str:

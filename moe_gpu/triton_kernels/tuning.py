@@ -1,7 +1,7 @@
 """Every tile configuration: chosen from the kind of product, the dtype and the bucket of rows per expert, never timed.
 
-The tables were found on an H200 with `benchmarks/tune_tiles.py`. Compute capability 8.x runs the same tiles but for the
-few that need Hopper's shared memory or registers. Buckets keep a change of T from compiling anew.
+The tables were found on an H200 with `benchmarks/tune_tiles.py`. GPUs with less shared memory a program get narrower
+tiles that fit, not tuned there. Buckets keep a change of T from compiling anew.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ _HALF: dict[str, dict[int, GemmConfig]] = {
         _ANY: GemmConfig(64, 128, 256, 8, 5),
     },
 }
-_NARROWER_BEFORE_HOPPER = {
+# For 163 KiB of shared memory a program (compute capability 8.0): what serves more than 96 rows per expert there.
+_NARROWER = {
     "up": GemmConfig(128, 64, 64, 8, 3),
     "down": GemmConfig(128, 128, 64, 8, 3),
     "grad_act": GemmConfig(64, 128, 64, 4, 3),
@@ -90,6 +91,16 @@ _NARROWER_BEFORE_HOPPER = {
     "grad_w": GemmConfig(32, 128, 128, 8, 3),
     "grad_w_gather": GemmConfig(32, 128, 128, 8, 3),
 }
+# For 99 KiB (8.6, 8.9, 12.0): small tiles, whatever the load.
+_SMALL = {
+    "up": {40: GemmConfig(32, 64, 64, 4, 3), _ANY: GemmConfig(64, 64, 64, 4, 3)},
+    "down": {40: GemmConfig(32, 128, 64, 4, 3), _ANY: GemmConfig(64, 128, 64, 4, 3)},
+    "grad_act": {_ANY: GemmConfig(64, 64, 64, 4, 3)},
+    "grad_x": {_ANY: GemmConfig(64, 128, 64, 4, 3)},
+    "grad_w": {_ANY: GemmConfig(32, 128, 128, 8, 3)},
+    "grad_w_gather": {_ANY: GemmConfig(32, 128, 128, 8, 3)},
+}
+HOPPER_SHARED_BYTES, AMPERE_SHARED_BYTES, SMALL_SHARED_BYTES = 227 * 1024, 163 * 1024, 99 * 1024
 # Exact float32 runs on the plain cores: small tiles, whatever the load.
 _FLOAT32 = GemmConfig(32, 32, 32, 4, 2, programs_per_sm=4)
 
@@ -106,26 +117,41 @@ def gather_first(width: int, num_rows: int, num_experts: int) -> bool:
     return width >= 1024 and num_rows / num_experts > 96
 
 
-def half_tiles(kind: str, hopper: bool) -> dict[int, GemmConfig]:
-    """The 16-bit tiles of a kind: the largest bucket of rows per expert that each serves, and the tile."""
-    table = _HALF[kind]
-    if hopper:
-        return table
-    return {limit: tile if limit <= 96 else _NARROWER_BEFORE_HOPPER[kind] for limit, tile in table.items()}
+def half_tiles(kind: str, shared_bytes: int) -> dict[int, GemmConfig]:
+    """The 16-bit tiles of a kind where a program may use `shared_bytes` of shared memory.
+
+    Each with the largest number of rows per expert that it serves.
+    """
+    if shared_bytes >= HOPPER_SHARED_BYTES:
+        return _HALF[kind]
+    if shared_bytes >= AMPERE_SHARED_BYTES:
+        return {limit: tile if limit <= 96 else _NARROWER[kind] for limit, tile in _HALF[kind].items()}
+    return _SMALL[kind]
 
 
-def gemm_config(kind: str, dtype: torch.dtype, num_rows: int, num_experts: int, hopper: bool = True) -> GemmConfig:
+def gemm_config(
+    kind: str, dtype: torch.dtype, num_rows: int, num_experts: int, shared_bytes: int = HOPPER_SHARED_BYTES
+) -> GemmConfig:
     """The tile for a product of `kind` (one of KINDS) over `num_rows` rows of all experts."""
     if dtype == torch.float32:
         return _FLOAT32
     rows_per_expert = num_rows / num_experts
-    return next(tile for limit, tile in half_tiles(kind, hopper).items() if rows_per_expert <= limit)
+    return next(tile for limit, tile in half_tiles(kind, shared_bytes).items() if rows_per_expert <= limit)
 
 
-def mlp_config(dtype: torch.dtype, hidden_dim: int, num_rows: int, num_experts: int, num_sms: int) -> MlpConfig:
+def mlp_config(
+    dtype: torch.dtype,
+    hidden_dim: int,
+    num_rows: int,
+    num_experts: int,
+    num_sms: int,
+    shared_bytes: int = HOPPER_SHARED_BYTES,
+) -> MlpConfig:
     """The tile of the fused expert MLP: slices of the intermediate narrow enough to give every SM work."""
     if dtype == torch.float32:
         return MlpConfig(16, 32, 32, 32, 4, 2)
+    if shared_bytes < AMPERE_SHARED_BYTES:
+        return MlpConfig(16, 32, 64, 64, 4, 3)
     active = min(num_rows, num_experts)
     narrow = active * cdiv(hidden_dim, 64) < num_sms
     tile = MlpConfig(16, 64, 128, 256, 8, 4)
