@@ -8,8 +8,8 @@ Candidates compile in parallel into Triton's cache first, then run one after ano
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
-import json
 import multiprocessing
 import os
 import time
@@ -18,9 +18,10 @@ from dataclasses import asdict
 import torch
 
 from moe_gpu.config import PRESETS, MoEConfig
+from moe_gpu.results import Row, TileRow, describe_machine, write_rows
 from moe_gpu.triton_kernels import expert_mlp, grouped_gemm, grouped_gemm_grad
 from moe_gpu.triton_kernels.ops import TritonExpertOps
-from moe_gpu.triton_kernels.tuning import GemmConfig, MlpConfig
+from moe_gpu.triton_kernels.tuning import KINDS, GemmConfig, MlpConfig
 
 PROBLEMS = {
     "qwen3-64": (PRESETS["qwen3-30b-a3b"], 64),
@@ -51,17 +52,18 @@ def candidates(kind: str, rows_per_expert: float) -> list[GemmConfig | MlpConfig
             "grad_act": [(128, 128, 64, 8), (64, 128, 64, 4), (128, 256, 64, 8), (256, 128, 64, 8)],
             "grad_x": [(128, 256, 64, 8), (128, 128, 64, 4), (128, 128, 64, 8), (256, 128, 64, 8)],
             "grad_w": [(64, 128, 128, 4), (64, 128, 256, 8), (64, 256, 128, 8), (128, 128, 128, 8), (32, 128, 256, 8)],
-        }[kind]
+        }[kind.removesuffix("_gather")]
         for (m, n, k, warps), stages, group in itertools.product(shapes, (3, 4, 5), (8, 16)):
-            shared = (
-                (m * k + n * k * (2 if gated else 1)) * 2 * stages if kind != "grad_w" else m * (n + k) * 2 * stages
-            )
+            # Buffers in flight: a gathering loop spends two stages on the indices.
+            buffers = stages - (2 if kind == "grad_w_gather" else 0)
+            operands = m * (n + k) if kind.startswith("grad_w") else m * k + n * k * (2 if gated else 1)
+            shared = operands * 2 * buffers
             if shared <= 225_000:
                 programs = 2 if shared <= 110_000 and warps == 4 else 1
                 found.append(GemmConfig(m, n, k, warps, stages, group, programs))
         return found
     rows = [16] if rows_per_expert <= 16 else [32, 64] if rows_per_expert <= 40 else [64, 128]
-    if kind == "grad_w":
+    if kind.startswith("grad_w"):
         return [
             GemmConfig(m, n, k, w, s, 8, p)
             for m, (n, k, w), s, p in itertools.product(
@@ -84,6 +86,7 @@ def operand_shapes(kind: str, c: MoEConfig, tokens: int):
         "grad_act": ((tokens, c.expert_dim), (c.num_experts, c.expert_dim, c.hidden_dim)),
         "grad_x": ((rows, gate_up), (c.num_experts, gate_up, c.input_dim)),
         "grad_w": ((rows, gate_up), (c.num_experts, gate_up, c.input_dim)),
+        "grad_w_gather": ((rows, gate_up), (c.num_experts, gate_up, c.input_dim)),
         "mlp": ((tokens, c.input_dim), (c.num_experts, gate_up, c.input_dim)),
     }[kind]
 
@@ -102,12 +105,12 @@ class Problem:
         self.rows = tokens * c.top_k
         if kind == "grad_act":
             self.h = torch.randn(self.rows, 2 * c.hidden_dim, **new)
-        if kind == "grad_w":
-            self.x = torch.randn(tokens, c.input_dim, **new)
+        if kind.startswith("grad_w"):
+            self.x = torch.randn(tokens if kind == "grad_w_gather" else self.rows, c.input_dim, **new)
             self.grad_w = torch.empty_like(self.w)
         if kind == "mlp":
             self.down = torch.randn(c.num_experts, c.expert_dim, c.hidden_dim, **new) * 0.03
-        per_row = {"up": 4, "down": 2, "grad_act": 2, "grad_x": 4, "grad_w": 4, "mlp": 6}[kind]
+        per_row = {"up": 4, "down": 2, "grad_act": 2, "grad_x": 4, "grad_w": 4, "grad_w_gather": 4, "mlp": 6}[kind]
         self.flops = per_row * self.rows * c.input_dim * c.hidden_dim
 
     def run(self, tile) -> None:
@@ -133,6 +136,8 @@ class Problem:
                 **route,
             )
         elif self.kind == "grad_w":
+            grouped_gemm_grad.grouped_gemm_grad_w(self.a, self.x, self.grad_w, r.offsets_P, tile)
+        elif self.kind == "grad_w_gather":
             grouped_gemm_grad.grouped_gemm_grad_w(
                 self.a, self.x, self.grad_w, r.offsets_P, tile, top_k=c.top_k, gather_a=True, **route
             )
@@ -174,7 +179,7 @@ def compile_one(job) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", required=True)
-    parser.add_argument("--kind", action="append", choices=["up", "down", "grad_act", "grad_x", "grad_w", "mlp"])
+    parser.add_argument("--kind", action="append", choices=[*KINDS, "mlp"])
     parser.add_argument("--problem", action="append", choices=list(PROBLEMS))
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     parser.add_argument("--seconds", type=float, default=400.0)
@@ -184,7 +189,7 @@ def main() -> None:
     for name in options.problem or PROBLEMS:
         config, tokens = PROBLEMS[name]
         rows_per_expert = tokens * config.top_k / config.num_experts
-        for kind in options.kind or ("up", "down", "grad_act", "grad_x", "grad_w", "mlp"):
+        for kind in options.kind or (*KINDS, "mlp"):
             if (kind == "mlp") == (rows_per_expert <= 4):
                 jobs += [(kind, name, tile) for tile in candidates(kind, rows_per_expert)]
     unique = {}
@@ -193,27 +198,25 @@ def main() -> None:
     with multiprocessing.get_context("spawn").Pool(options.workers) as pool:
         pool.map(compile_one, list(unique.values()), chunksize=4)
     print(f"{len(jobs)} candidates compiled in {time.monotonic() - started:.0f} s", flush=True)
-    with open(options.output, "w") as file:
-        for (kind, name), group in itertools.groupby(jobs, key=lambda job: job[:2]):
-            problem = Problem(kind, *PROBLEMS[name])
-            results = []
-            for _, _, tile in group:
-                if time.monotonic() - started > options.seconds:
-                    break
-                try:
-                    ms = time_ms(lambda tile=tile, problem=problem: problem.run(tile))
-                except Exception as error:  # noqa: BLE001 - out of shared memory or registers: not a candidate here
-                    file.write(
-                        json.dumps({"kind": kind, "problem": name, **asdict(tile), "error": str(error)[:200]}) + "\n"
-                    )
-                    continue
-                results.append((ms, tile))
-                row = {"kind": kind, "problem": name, "ms": ms, "tflops": problem.flops / ms / 1e9, **asdict(tile)}
-                file.write(json.dumps(row) + "\n")
-            for ms, tile in sorted(results, key=lambda item: item[0])[:3]:
-                print(f"{name:14s} {kind:9s} {ms:8.4f} ms {problem.flops / ms / 1e9:6.0f} TFLOP/s {tile}", flush=True)
-            del problem
-            torch.cuda.empty_cache()
+    rows: list[Row] = [describe_machine(torch.device("cuda"))]
+    for (kind, name), group in itertools.groupby(jobs, key=lambda job: job[:2]):
+        problem = Problem(kind, *PROBLEMS[name])
+        results = []
+        for _, _, tile in group:
+            if time.monotonic() - started > options.seconds:
+                break
+            try:
+                ms = time_ms(functools.partial(problem.run, tile))
+            except Exception as error:  # noqa: BLE001 - out of shared memory or registers: not a candidate here
+                rows.append(TileRow(kind, name, asdict(tile), error=str(error)[:200]))
+                continue
+            results.append((ms, tile))
+            rows.append(TileRow(kind, name, asdict(tile), ms, problem.flops / ms / 1e9))
+        for ms, tile in sorted(results, key=lambda item: item[0])[:3]:
+            print(f"{name:14s} {kind:9s} {ms:8.4f} ms {problem.flops / ms / 1e9:6.0f} TFLOP/s {tile}", flush=True)
+        del problem
+        torch.cuda.empty_cache()
+        write_rows(options.output, rows)
 
 
 if __name__ == "__main__":

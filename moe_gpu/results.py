@@ -1,7 +1,7 @@
 """Result rows: what was run on what, one JSON object a line. The only way numbers reach a plot, a table or a page.
 
 A file is a sequence of rows; `kind` says which: `machine` (once, first), `ceiling`, `benchmark`, `training`,
-`expert_load`. Unknown is None, never 0. Units stand in the names.
+`expert_load`, `tile`. Unknown is None, never 0. Units stand in the names.
 """
 
 from __future__ import annotations
@@ -142,8 +142,23 @@ class ExpertLoadRow:
     counts: list[int] = field(default_factory=list)
 
 
-Row = Machine | Ceiling | BenchmarkRow | TrainingRow | ExpertLoadRow
-_KINDS: dict[str, Any] = {cls.kind: cls for cls in (Machine, Ceiling, BenchmarkRow, TrainingRow, ExpertLoadRow)}
+@dataclass(frozen=True)
+class TileRow:
+    """One tile of one kernel on one problem; `time_ms` is None where it could not run, and `error` says why."""
+
+    kind: ClassVar[str] = "tile"
+    kernel: str  # a kind of product in `tuning.KINDS`, or "mlp"
+    problem: str
+    config: dict[str, int]
+    time_ms: float | None = None
+    tflops: float | None = None
+    error: str | None = None
+
+
+Row = Machine | Ceiling | BenchmarkRow | TrainingRow | ExpertLoadRow | TileRow
+_KINDS: dict[str, Any] = {
+    cls.kind: cls for cls in (Machine, Ceiling, BenchmarkRow, TrainingRow, ExpertLoadRow, TileRow)
+}
 
 
 class ResultsError(ValueError):
