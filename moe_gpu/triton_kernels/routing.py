@@ -342,10 +342,10 @@ class _Blocks:
     routes: int
     single: bool
 
-    @property
-    def num_warps(self) -> int:
-        # 16 logits a thread: their 64-bit keys and the float32 scores stay in registers.
-        return max(1, min(8, self.tokens * self.experts // 512))
+    def num_warps(self, n_group: int) -> int:
+        # 16 logits a thread: their 64-bit keys and the float32 scores stay in registers. Groups want more of those a
+        # thread than eight warps leave.
+        return max(1, min(8 if n_group == 1 else 4, self.tokens * self.experts // 512))
 
     @classmethod
     @functools.lru_cache(maxsize=256)
@@ -423,7 +423,7 @@ def _launch(
         HAS_BIAS=bias_E is not None,
         HAS_LOGITS=logits_TE is not None,
         SINGLE=blocks.single,
-        num_warps=blocks.num_warps,
+        num_warps=blocks.num_warps(router.n_group),
         **router_flags(router),
     )
     if not blocks.single:

@@ -53,7 +53,7 @@ _ANY = 1 << 62
 _HALF: dict[str, dict[int, GemmConfig]] = {
     "up": {
         16: GemmConfig(16, 64, 128, 4, 4, programs_per_sm=2),
-        40: GemmConfig(32, 64, 64, 4, 4, programs_per_sm=2),
+        40: GemmConfig(32, 64, 64, 4, 5, programs_per_sm=2),
         96: GemmConfig(64, 64, 64, 4, 4, programs_per_sm=2),
         512: GemmConfig(128, 128, 64, 8, 4, group_m=16),
         _ANY: GemmConfig(128, 128, 64, 8, 3),

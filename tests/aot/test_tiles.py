@@ -31,7 +31,7 @@ def build(kernel, arch: int, constants: dict, **options: int) -> Compiled:
 
 
 def check(compiled: Compiled, arch: int, wgmma: bool) -> None:
-    assert compiled.spills <= 2  # words: ptxas keeps a pair aside now and then
+    assert compiled.spills == 0
     assert compiled.shared_bytes <= SHARED_LIMIT[arch]
     assert compiled.num_wgmma > 0 if wgmma else compiled.num_mma_sync > 0
     assert compiled.num_async_copies > 0 or compiled.num_tma > 0
@@ -133,12 +133,12 @@ def test_routing_kernels(arch, num_tokens, num_experts, top_k):
         "HAS_LOGITS": True,
         "SINGLE": blocks.single,
     }
-    built = [build(routing._route_kernel, arch, constants, num_warps=blocks.num_warps)]
+    built = [build(routing._route_kernel, arch, constants, num_warps=blocks.num_warps(constants["N_GROUP"]))]
     if not blocks.single:
         built.append(build(routing._prefix_kernel, arch, constants))
         built.append(build(routing._place_kernel, arch, constants))
     constants |= {"BLOCK_T": max(1, min(32, 4096 // blocks.experts))}
     built.append(build(routing_grad._router_bwd_kernel, arch, constants))
     for compiled in built:
-        assert compiled.spills <= 16  # words, of the 255 x 32 x warps that a program has
+        assert compiled.spills == 0
         assert compiled.shared_bytes <= SHARED_LIMIT[arch]
