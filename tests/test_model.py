@@ -11,6 +11,7 @@ from moe_gpu import reference
 from moe_gpu.config import MoEConfig, RouterConfig
 from moe_gpu.model import _ANNOUNCED, AdvancedMoELayer, Expert, MoELayer, SliceAllocationPolicy
 from moe_gpu.profiler import ExpertProfiler
+from moe_gpu.triton_kernels.ops import TritonExpertOps
 
 SIZES = dict(input_dim=12, expert_dim=12, hidden_dim=20, num_experts=5, top_k=2)
 VARIANTS = {
@@ -318,3 +319,12 @@ def test_counts_travel_to_the_host_on_request():
     assert copy.ready()
     assert torch.equal(copy.result(), stats.counts_E)
     assert copy.result().sum() == 20
+
+
+def test_wild_ids_are_dropped_whatever_their_width():
+    ids = torch.tensor([[0, 2**32 + 1], [-(2**40), 3], [1, 4]])
+    routing = TritonExpertOps("cpu").sort_routes(ids, torch.ones(3, 2), num_experts=4)
+    assert routing.demand_P.tolist() == [1, 1, 0, 1, 3]
+    assert routing.row_of_route_TK.tolist() == [[0, -1], [-1, 2], [1, -1]]
+    with pytest.raises(ValueError, match="give integers"):
+        TritonExpertOps("cpu").sort_routes(ids.float(), torch.ones(3, 2), num_experts=4)

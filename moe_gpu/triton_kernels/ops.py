@@ -105,7 +105,11 @@ class TritonExpertOps:
                 f"topk_ids {tuple(topk_ids_TK.shape)} and topk_weights {tuple(topk_weights_TK.shape)} "
                 "must both be (tokens, top_k)"
             )
-        ids_TK = topk_ids_TK.to(torch.int32)
+        if topk_ids_TK.dtype.is_floating_point or topk_ids_TK.dtype.is_complex:
+            raise ValueError(f"topk_ids are {topk_ids_TK.dtype}; give integers")
+        ids_TK = topk_ids_TK
+        if ids_TK.dtype != torch.int32:  # converting alone would wrap a wild id into range
+            ids_TK = ids_TK.clamp(-1, num_experts).to(torch.int32)
         if self.backend.name == "triton":
             rows = torch.ops.moe_gpu.sort_routes(ids_TK, num_experts, capacity)
         else:
