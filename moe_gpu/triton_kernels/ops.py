@@ -109,7 +109,7 @@ class TritonExpertOps:
             raise ValueError(f"topk_ids are {topk_ids_TK.dtype}; give integers")
         ids_TK = topk_ids_TK
         if ids_TK.dtype != torch.int32:  # converting alone would wrap a wild id into range
-            ids_TK = ids_TK.clamp(-1, num_experts).to(torch.int32)
+            ids_TK = ids_TK.long().clamp(-1, num_experts).to(torch.int32)
         if self.backend.name == "triton":
             rows = torch.ops.moe_gpu.sort_routes(ids_TK, num_experts, capacity)
         else:
