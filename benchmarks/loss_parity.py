@@ -45,7 +45,7 @@ def main() -> int:
             print(f"{name}: loss {last.loss:.4f}, held out {result.eval_loss:.4f}, {last.backend}", flush=True)
     machine = describe_machine(result.model.embedding.weight.device)
     write_rows(arguments.output, [machine, *(row for rows in curves.values() for row in rows)])
-    outside = []
+    outside, beyond = [], []
     for index, row in enumerate(curves[False, SEEDS[0]]):
         reference, triton = ([curves[backend, seed][index].loss for seed in SEEDS] for backend in (False, True))
         difference = (sum(triton) - sum(reference)) / len(SEEDS)
@@ -53,7 +53,10 @@ def main() -> int:
         print(f"step {row.step:5}: difference of means {difference:+.4f}, the reference's spread {spread:.4f}")
         if abs(difference) > spread:
             outside.append(row.step)
-    print(f"outside the spread at {outside or 'no step'}")
+        if not min(reference) <= sum(triton) / len(SEEDS) <= max(reference):
+            beyond.append(row.step)
+    print(f"means differ by more than the spread at {outside or 'no step'}")
+    print(f"mean beyond the reference's lowest or highest at {beyond or 'no step'}")
     return 1 if outside else 0
 
 

@@ -7,28 +7,12 @@ import os
 import runpy
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from moe_gpu.training import MoELanguageModel, TrainConfig
-
-ROOT = Path(__file__).resolve().parent.parent
-TINY = TrainConfig(
-    steps=20,
-    batch_size=4,
-    context=32,
-    model_dim=32,
-    hidden_dim=32,
-    num_heads=2,
-    num_experts=4,
-    learning_rate=1e-2,
-    log_every=5,
-    eval_every=10,
-    eval_batches=2,
-    checkpoint_every=10,
-)
+from tests.training_cases import ROOT
 
 
 @pytest.fixture(autouse=True)

@@ -3,29 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
-from moe_gpu.training import TrainConfig, load_text, train
-
-ROOT = Path(__file__).resolve().parent.parent
-TINY = TrainConfig(
-    steps=20,
-    batch_size=4,
-    context=32,
-    model_dim=32,
-    hidden_dim=32,
-    num_heads=2,
-    num_experts=4,
-    learning_rate=1e-2,
-    log_every=5,
-    eval_every=10,
-    eval_batches=2,
-    checkpoint_every=10,
-)
-
+from moe_gpu.training import load_text, train
+from tests.training_cases import TINY
 
 # Text
 

@@ -27,22 +27,7 @@ from moe_gpu.training import (
     train,
 )
 from moe_gpu.training import checkpoint as checkpoint_module
-
-ROOT = Path(__file__).resolve().parent.parent
-TINY = TrainConfig(
-    steps=20,
-    batch_size=4,
-    context=32,
-    model_dim=32,
-    hidden_dim=32,
-    num_heads=2,
-    num_experts=4,
-    learning_rate=1e-2,
-    log_every=5,
-    eval_every=10,
-    eval_batches=2,
-    checkpoint_every=10,
-)
+from tests.training_cases import ROOT, TINY
 
 
 @pytest.fixture(autouse=True)

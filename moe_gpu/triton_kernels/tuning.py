@@ -1,6 +1,7 @@
 """Every tile configuration: chosen from the kind of product, the dtype and the bucket of rows per expert, never timed.
 
-The tables were found on an H200 with `benchmarks/tune_tiles.py`. GPUs with less shared memory a program get narrower
+The tables were found on an H200 with `benchmarks/tune_tiles.py`; `benchmarks/results/README.md` says which of the runs
+were recorded. GPUs with less shared memory a program get narrower
 tiles that fit, not tuned there. Buckets keep a change of T from compiling anew.
 """
 
