@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from moe_gpu.triton_kernels.launch import pdl_options, wait_for_previous
 from moe_gpu.triton_kernels.tuning import cdiv, next_power_of_2
 
 
@@ -21,24 +22,27 @@ def _combine_kernel(
     SPLITS: tl.constexpr,
     WEIGHTED: tl.constexpr,
     BLOCK_O: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """One program one token and BLOCK_O columns: the weighted sum over its routes, k ascending, of their split sums."""
+    """One program one token and BLOCK_O columns: the weighted sum over its routes and their splits, k ascending.
+
+    All BLOCK_J rows are on their way at once; a thread sums its own columns, so that the order is that of the rows.
+    """
+    wait_for_previous(PDL)
     t = tl.program_id(0).to(tl.int64)
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     total = tl.zeros((BLOCK_O,), tl.float32)
-    for k in range(TOP_K):
-        row = tl.load(row_of_route_ptr + t * TOP_K + k).to(tl.int64)
-        inside = (o < O) & (row >= 0)
-        if SPLITS == 1:
-            y = tl.load(y_ptr + row * O + o, mask=inside, other=0.0).to(tl.float32)
-        else:
-            split = tl.arange(0, BLOCK_S)
-            planes = y_ptr + split.to(tl.int64)[:, None] * split_stride + (row * O + o)[None, :]
-            y = tl.sum(tl.load(planes, mask=inside[None, :] & (split < SPLITS)[:, None], other=0.0), 0)
+    for first in range(0, TOP_K * SPLITS, BLOCK_J):
+        j = first + tl.arange(0, BLOCK_J)
+        route = t * TOP_K + j // SPLITS
+        row = tl.load(row_of_route_ptr + route, mask=j < TOP_K * SPLITS, other=-1).to(tl.int64)
+        address = y_ptr + ((j % SPLITS).to(tl.int64) * split_stride + row * O)[:, None] + o[None, :]
+        y = tl.load(address, mask=(row >= 0)[:, None] & (o < O)[None, :], other=0.0).to(tl.float32)
         if WEIGHTED:
-            y = tl.where(inside, y * tl.load(weight_ptr + t * TOP_K + k), 0.0)
-        total += y
+            weight = tl.load(weight_ptr + route, mask=row >= 0, other=0.0)
+            y = tl.where((row >= 0)[:, None], y * weight[:, None], 0.0)
+        total += tl.sum(y, 0)
     tl.store(out_ptr + t * O + o, total.to(out_ptr.dtype.element_ty), mask=o < O)
 
 
@@ -54,8 +58,10 @@ def _permute_kernel(
     TOP_K: tl.constexpr,
     WEIGHTED: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program one row and BLOCK_H columns: its token's row, or zeros past the rows in use."""
+    wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     route = tl.load(route_ptr + row)
@@ -170,6 +176,15 @@ def _block(columns: int, num_rows: int = 1 << 30) -> int:
     return block
 
 
+def _combine_block(columns: int, num_tokens: int, vector: int) -> int:
+    """Columns a program: whole warps of 16-byte loads, up to 4; one warp while tokens alone do not fill the GPU."""
+    warp = 32 * vector
+    block = min(4 * warp, max(warp, next_power_of_2(columns)))
+    while block > warp and num_tokens * cdiv(columns, block) < 1024:
+        block //= 2
+    return block
+
+
 def combine_forward(
     y: torch.Tensor, row_of_route_TK: torch.Tensor, weight_TK: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
@@ -181,7 +196,9 @@ def combine_forward(
     out = torch.empty(num_tokens, columns, dtype=dtype, device=y.device)
     if num_tokens == 0:
         return out
-    block = _block(columns, num_tokens) if splits == 1 else min(128, _block(columns))
+    vector = 16 // y.element_size()
+    parts = min(16, next_power_of_2(top_k * splits))
+    block = _combine_block(columns, num_tokens, vector)
     _combine_kernel[(num_tokens, cdiv(columns, block))](
         y,
         row_of_route_TK,
@@ -193,8 +210,9 @@ def combine_forward(
         SPLITS=splits,
         WEIGHTED=weight_TK is not None,
         BLOCK_O=block,
-        BLOCK_S=next_power_of_2(splits),
-        num_warps=4,
+        BLOCK_J=parts,
+        num_warps=max(1, block // (32 * vector)),
+        **pdl_options(y.device),
     )
     return out
 
@@ -226,6 +244,7 @@ def permute_forward(
         WEIGHTED=weight_TK is not None,
         BLOCK_H=block,
         num_warps=4,
+        **pdl_options(x_TH.device),
     )
     return out
 

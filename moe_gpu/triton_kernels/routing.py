@@ -1,8 +1,15 @@
-"""Routing on the device: softmax or sigmoid, top-k and per-expert counts in one launch; then a stable order of rows.
+"""Routing on the device: logits to top-k choices, and from choices to a stable order of rows by expert.
 
-A few tokens (up to 64, fewer with many experts) take one launch of one program. More take three: choose and count per
-block of tokens; an exclusive prefix of the counts over blocks, per expert; place each route. No atomics, no host reads:
-the order is the reference's, to the bit, on every run.
+Two steps. Choose: a program takes a block of tokens and writes their choices and weights, each route's rank among the
+routes of its expert in the block, and how many each expert has. Place: a program sums the counts of the blocks before
+its own and gives each route its row. Few tokens are one block, and one launch does both; more take two launches. No
+atomics, no host reads: the order is the reference's, to the bit, on every run.
+
+Choose holds a step of tokens as (lanes, tokens, chunks of experts), the first axis over the lanes of a warp and the
+second over warps: the best expert of a token is then a reduction within one warp. Triton lays axes out by how
+contiguous addresses are, so `max_contiguous` claims a little more for each axis before the next; as no address is known
+to be aligned, that orders the axes and makes no vectors. Choices made elsewhere take the same path as "tokens" of one
+route each.
 """
 
 from __future__ import annotations
@@ -15,352 +22,474 @@ import triton
 import triton.language as tl
 
 from moe_gpu.config import RouterConfig
+from moe_gpu.triton_kernels.launch import pdl_options, wait_for_previous
 from moe_gpu.triton_kernels.tuning import cdiv, next_power_of_2
 
-ROUTES_PER_BLOCK = 256
 SINGLE_LAUNCH_TOKENS = 64
-SINGLE_LAUNCH_ROUTES = 512
-SINGLE_LAUNCH_LOGITS = 4096
+SINGLE_LAUNCH_ROUTES = 1024
+SINGLE_LAUNCH_LOGITS = 64 * 256
+# Programs of the choosing launch: one an SM of the GPUs that matter, and few counts for the placing launch to sum.
+MAX_BLOCKS = 128
+# Beyond, programs that wait for the launch before them hold the SMs that it still needs: an H200 takes 30 us with
+# dependent launch and 16 without for 4096 tokens, 128 experts, but 9.6 and 10.5 for 1024.
+PDL_MAX_TOKENS = 2048
+
+_LOWEST = tl.constexpr(-(2**31))  # below the key of every float
+_INFINITY = tl.constexpr(0x7F800000)
+_NOT_A_NUMBER = tl.constexpr(0x7FC00000)
+_MINUS_INFINITY = tl.constexpr(-0x7F800001)
+_FREE_BITS = tl.constexpr(0x1FFF)  # zero in every float32 that was a float16 or a bfloat16
 
 
 @triton.jit
-def _ordered_key(x, e, BLOCK_E: tl.constexpr):
-    """int64 whose order is the order of x, the lower expert first among equals; never the smallest int64."""
-    x = tl.where(x == 0, 0.0, x)  # -0.0 ties with 0.0
-    bits = x.to(tl.int32, bitcast=True)
-    key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return key.to(tl.int64) * BLOCK_E + (BLOCK_E - 1 - e)
+def _flip(bits):
+    """Between the bits of float32 and int32 in the order of the floats; its own inverse."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
-def _group_mask(scores, e, E, N_GROUP: tl.constexpr, TOPK_GROUP: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Whether each expert's group is among the TOPK_GROUP groups whose two best experts sum highest."""
-    group_size = E // N_GROUP
-    group_of = e // group_size
-    NEG: tl.constexpr = float("-inf")
-    BLOCK_G: tl.constexpr = triton.next_power_of_2(N_GROUP)
-    g = tl.arange(0, BLOCK_G)[None, :]
-    group_scores = tl.full((BLOCK_T, BLOCK_G), NEG, tl.float32)
-    for group in range(N_GROUP):
-        own = tl.where((group_of == group) & (e < E), scores, NEG)
-        best, at = tl.max(own, 1, return_indices=True)
-        second = tl.max(tl.where(e == at[:, None], NEG, own), 1)
-        group_scores = tl.where(g == group, (best + second)[:, None], group_scores)
-    LOWEST: tl.constexpr = -(2**63)
-    keys = tl.where(g < N_GROUP, _ordered_key(group_scores, g, BLOCK_G), LOWEST)
-    chosen = (e + tl.zeros((BLOCK_T, 1), tl.int32)) < 0
+def _key(x):
+    """int32 in the order of float32 x: -0.0 ties with 0.0, NaN comes above infinity, nothing is _LOWEST."""
+    key = _flip(tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True))
+    return tl.where(x != x, _NOT_A_NUMBER, key)
+
+
+@triton.jit
+def _float(key):
+    return _flip(key).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _row_max(x):
+    return tl.max(tl.max(x, 2), 0)
+
+
+@triton.jit
+def _row_sum(x):
+    return tl.sum(tl.sum(x, 2), 0)
+
+
+@triton.jit
+def _keep_best_groups(key, N_GROUP: tl.constexpr, TOPK_GROUP: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr):
+    """Keys, _LOWEST outside the TOPK_GROUP groups whose two best experts sum highest; a chunk is a group."""
+    lane = tl.arange(0, LANES)[:, None, None]
+    group = tl.arange(0, CHUNKS)[None, :]
+    best = tl.max(key, 0)
+    at = tl.min(tl.where(key == best[None, :, :], lane, LANES), 0)
+    second = tl.max(tl.where(lane == at[None, :, :], _LOWEST, key), 0)
+    score = tl.where(group < N_GROUP, _key(_float(best) + _float(second)), _LOWEST)
     for _ in range(TOPK_GROUP):
-        best = tl.max(keys, 1)
-        keys = tl.where(keys == best[:, None], LOWEST, keys)
-        chosen = chosen | (group_of == (BLOCK_G - 1 - (best & (BLOCK_G - 1)))[:, None])
-    return chosen
+        highest = tl.max(score, 1)
+        chosen = tl.min(tl.where(score == highest[:, None], group, CHUNKS), 1)
+        score = tl.where(group == chosen[:, None], _LOWEST, score)
+    return tl.where((score == _LOWEST)[None, :, :], key, _LOWEST)
 
 
 @triton.jit
 def _choose(
     x,
     bias,
-    e,
-    E,
+    exists,
     scale,
     TOP_K: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_E: tl.constexpr,
     N_GROUP: tl.constexpr,
     TOPK_GROUP: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    LANES: tl.constexpr,
     SIGMOID: tl.constexpr,
     BY_LOGIT: tl.constexpr,
     OVER_CHOSEN: tl.constexpr,
     NORM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    UNIQUE: tl.constexpr,
 ):
-    """Expert ids and weights (BLOCK_T, BLOCK_K) of float32 logits x (BLOCK_T, BLOCK_E), -inf past E."""
+    """Slot and weight of each expert, which are chosen (the others' mean nothing), and which tokens have no choice."""
+    lane = tl.arange(0, LANES)[:, None]
+    chunk_first = tl.arange(0, CHUNKS)[None, None, :] * CHUNK
+    key = _key(x)
+    if UNIQUE:
+        key = (key & ~_FREE_BITS) | (_FREE_BITS - chunk_first - lane[:, :, None])
+    key = tl.where(exists, key, _LOWEST)
+    top = _row_max(key)
     if SIGMOID:
+        bad = top >= _NOT_A_NUMBER
         scores = 1 / (1 + tl.exp(-x))
-        bad = tl.max((x != x).to(tl.int32), 1) > 0
     else:
-        exps = tl.exp(x - tl.max(x, 1)[:, None])
-        scores = exps / tl.sum(exps, 1)[:, None]
-        bad = tl.max((scores != scores).to(tl.int32), 1) > 0
+        bad = (top >= _INFINITY) | (top <= _MINUS_INFINITY)
+        scores = tl.exp(x - _row_max(x)[None, :, None])
+        scores = scores / _row_sum(scores)[None, :, None]
     # Without a bias and groups the order of the scores is that of the logits, and the logits carry no rounding.
-    choice = x
     if HAS_BIAS or N_GROUP > 1:
-        choice = (x if BY_LOGIT else scores) + bias
-    choice = tl.where(choice != choice, 0.0, choice)
-    LOWEST: tl.constexpr = -(2**63)
-    keys = tl.where(e < E, _ordered_key(choice, e, BLOCK_E), LOWEST)
+        key = tl.where(exists, _key((x if BY_LOGIT else scores) + bias), _LOWEST)
     if N_GROUP > 1:
-        keys = tl.where(_group_mask(choice, e, E, N_GROUP, TOPK_GROUP, BLOCK_T), keys, LOWEST)
-
-    k = tl.arange(0, BLOCK_K)[None, :]
-    ids = tl.full((BLOCK_T, BLOCK_K), -1, tl.int32)
-    values = tl.full((BLOCK_T, BLOCK_K), float("-inf") if OVER_CHOSEN else 0.0, tl.float32)
-    source = x if OVER_CHOSEN else scores
+        key = _keep_best_groups(key, N_GROUP, TOPK_GROUP, CHUNKS, LANES)
+    FIRST: tl.constexpr = _LOWEST + 1  # the key of slot 0: below all floats, as those of the other slots
+    PAST: tl.constexpr = 2**30
     for slot in range(TOP_K):
-        best = tl.max(keys, 1)
-        chosen = (BLOCK_E - 1 - (best & (BLOCK_E - 1))).to(tl.int32)
-        at = e == chosen[:, None]
-        keys = tl.where(at, LOWEST, keys)
-        value = tl.sum(tl.where(at, source, 0.0), 1)
-        ids = tl.where(k == slot, chosen[:, None], ids)
-        values = tl.where(k == slot, value[:, None], values)
+        best = _row_max(key)
+        if UNIQUE:
+            taken = key == best[None, :, None]
+        else:
+            # An expert is a lane plus its chunk's first, which is a constant in every thread.
+            at = tl.min(tl.where(key == best[None, :, None], chunk_first, PAST), 2)
+            at = tl.min(at + lane, 0)
+            taken = at[None, :, None] - lane[:, :, None] == chunk_first
+            if LANES != CHUNK:  # a chunk's padding numbers the next one's experts again
+                taken = taken & (lane < CHUNK)[:, :, None]
+        key = tl.where(taken, FIRST + slot, key)
+    chosen = (key >= FIRST) & (key < FIRST + TOP_K)
     if OVER_CHOSEN:
-        weights = tl.exp(values - tl.max(values, 1)[:, None])
-        weights = weights / tl.sum(weights, 1)[:, None]
+        high = _row_max(tl.where(chosen, x, float("-inf")))
+        weights = tl.where(chosen, tl.exp(x - high[None, :, None]), 0.0)
+        weights = weights / _row_sum(weights)[None, :, None]
     elif NORM:
-        weights = values / (tl.sum(values, 1)[:, None] + 1e-20)
+        weights = scores / (_row_sum(tl.where(chosen, scores, 0.0))[None, :, None] + 1e-20)
     else:
-        weights = values
-    ids = tl.where(bad[:, None], -1, ids)
-    return ids, tl.where(bad[:, None], 0.0, weights * scale)
+        weights = scores
+    return key - FIRST, chosen, tl.where(bad[None, :, None], 0.0, weights * scale), bad
 
 
 @triton.jit
-def _place(
-    ids_ptr,  # (T, K) int32
-    row_route_ptr,  # (R,) int32
-    row_of_route_ptr,  # (T, K) int32
-    offsets_ptr,  # (P,) int32
-    demand,  # (BLOCK_P,) int32 routes of each bin, over all tokens
-    before,  # (BLOCK_P,) int32 routes of each bin in the blocks before this one
-    first_route,
-    end_route,
+def _choose_block(
+    logits_ptr,
+    bias_ptr,
+    ids_ptr,
+    weights_ptr,
+    rank_ptr,
+    counts_ptr,
+    first,
+    end,
     E,
-    capacity,
-    WRITE_OFFSETS: tl.constexpr,
-    ROUTES: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):
-    """Give each route of one block its row: its expert's offset, plus the routes of that expert before it."""
-    CHUNK: tl.constexpr = 16
-    p = tl.arange(0, BLOCK_P)
-    kept = tl.where(p < E, tl.minimum(demand, capacity), 0)
-    overflow = tl.where(p <= E, demand - kept, 0)
-    offsets = tl.cumsum(kept, 0) - kept
-    overflow_first = tl.sum(kept, 0) + tl.cumsum(overflow, 0) - overflow
-    if WRITE_OFFSETS:
-        tl.store(offsets_ptr + p, offsets, mask=p <= E)
-    i = first_route + tl.arange(0, ROUTES)
-    own = i < end_route
-    ids = tl.load(ids_ptr + i, mask=own, other=-1)
-    bins = tl.where((ids >= 0) & (ids < E), ids, E)
-    rank = tl.gather(before, bins, 0)
-    for start in range(first_route, end_route, CHUNK):
-        j = start + tl.arange(0, CHUNK)
-        other = tl.load(ids_ptr + j, mask=j < end_route, other=-1)
-        other = tl.where((other >= 0) & (other < E), other, E)
-        earlier = (bins[:, None] == other[None, :]) & (j[None, :] < i[:, None])
-        rank += tl.sum(earlier.to(tl.int32), 1)
-    fits = (bins < E) & (rank < capacity)
-    excess = rank - tl.where(bins < E, capacity, 0)
-    row = tl.where(fits, tl.gather(offsets, bins, 0) + rank, tl.gather(overflow_first, bins, 0) + excess)
-    tl.store(row_route_ptr + row, i, mask=own)
-    tl.store(row_of_route_ptr + i, tl.where(fits, row, -1), mask=own)
-
-
-@triton.jit(do_not_specialize=["T", "capacity"])
-def _route_kernel(
-    logits_ptr,  # (T, E) any float; unused unless HAS_LOGITS
-    bias_ptr,  # (E,) float32; unused unless HAS_BIAS
-    ids_ptr,  # (T, K) int32: written if HAS_LOGITS, else read
-    weights_ptr,  # (T, K) float32: written if HAS_LOGITS
-    block_counts_ptr,  # (blocks, BLOCK_P) int32: written unless SINGLE
-    demand_ptr,  # (P,) int32: written if SINGLE, as the three below
-    offsets_ptr,  # (P,) int32
-    row_route_ptr,  # (R,) int32
-    row_of_route_ptr,  # (T, K) int32
-    T,
-    E,
-    capacity,
     scale,
-    logits_stride,
+    stride_t,
+    stride_e,
     TOP_K: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    ROUTES: tl.constexpr,
     N_GROUP: tl.constexpr,
     TOPK_GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    LANES: tl.constexpr,
     SIGMOID: tl.constexpr,
     BY_LOGIT: tl.constexpr,
     OVER_CHOSEN: tl.constexpr,
     NORM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_LOGITS: tl.constexpr,
-    SINGLE: tl.constexpr,
+    UNIQUE: tl.constexpr,
 ):
-    """One program a block of BLOCK_T tokens: choices, weights and the block's count of each expert."""
-    block = tl.program_id(0)
-    t = block * BLOCK_T + tl.arange(0, BLOCK_T)
-    k = tl.arange(0, BLOCK_K)[None, :]
-    slots = t.to(tl.int64)[:, None] * TOP_K + k
-    used = (t < T)[:, None] & (k < TOP_K)
-    if HAS_LOGITS:
-        e = tl.arange(0, BLOCK_E)[None, :]
-        inside = (t < T)[:, None] & (e < E)
-        address = logits_ptr + t.to(tl.int64)[:, None] * logits_stride + e
-        x = tl.load(address, mask=inside, other=float("-inf")).to(tl.float32)
-        bias = 0.0
-        if HAS_BIAS:
-            bias = tl.load(bias_ptr + e, mask=e < E, other=0.0)
-        ids, weights = _choose(
-            x,
-            bias,
-            e,
-            E,
-            scale,
-            TOP_K,
-            BLOCK_K,
-            BLOCK_T,
-            BLOCK_E,
-            N_GROUP,
-            TOPK_GROUP,
-            SIGMOID,
-            BY_LOGIT,
-            OVER_CHOSEN,
-            NORM,
-            HAS_BIAS,
-        )
-        tl.store(ids_ptr + slots, ids, mask=used)
-        tl.store(weights_ptr + slots, weights, mask=used)
-    else:
-        ids = tl.load(ids_ptr + slots, mask=used, other=-1)
-    bins = tl.where((ids >= 0) & (ids < E), ids, E)
-    bins = tl.where(used, bins, E + 1)
-    counts = tl.histogram(tl.reshape(bins, (BLOCK_T * BLOCK_K,)), BLOCK_P)
-    p = tl.arange(0, BLOCK_P)
-    if SINGLE:
-        tl.store(demand_ptr + p, counts, mask=p <= E)
-        tl.debug_barrier()  # `_place` reads other threads' ids
-        _place(
-            ids_ptr,
-            row_route_ptr,
-            row_of_route_ptr,
-            offsets_ptr,
-            counts,
-            tl.zeros_like(counts),
-            0,
-            T * TOP_K,
-            E,
-            capacity,
-            True,
-            ROUTES,
-            BLOCK_P,
-        )
-    else:
-        tl.store(block_counts_ptr + block.to(tl.int64) * BLOCK_P + p, counts)
+    """Tokens [first, end): choices, weights, ranks in the block, and the block's counts; ROWS tokens a step."""
+    lane = tl.arange(0, LANES)[:, None, None]
+    e = tl.arange(0, CHUNKS)[None, None, :] * CHUNK + lane
+    exists = (lane < CHUNK) & (e < E)
+    # What lies contiguously is addressed in two axes, lest its vectors shape the layout of the three.
+    lane_of = tl.arange(0, LANES)[:, None]
+    expert_of = tl.arange(0, CHUNKS)[None, :] * CHUNK + lane_of
+    exists_of = (lane_of < CHUNK) & (expert_of < E)
+    bias = 0.0
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + expert_of, mask=exists_of, other=0.0)[:, None, :]
+    first_route = first.to(tl.int64) * TOP_K
+    counts = tl.zeros((LANES, CHUNKS), tl.int32)
+    num_bad = tl.zeros((LANES, CHUNKS), tl.int32)
+    for start in range(first, end, ROWS):
+        row = start + tl.arange(0, ROWS)
+        inside = (row < end)[None, :, None]
+        if HAS_LOGITS:
+            # The stride between experts is never a constant 1, which would give a lane a vector: see the module.
+            address = logits_ptr + row.to(tl.int64)[None, :, None] * stride_t + e * stride_e
+            address = tl.max_contiguous(address, (4, 2, 1))
+            x = tl.load(address, mask=exists & inside, other=float("-inf")).to(tl.float32)
+            slot, chosen, weights, bad = _choose(
+                x,
+                bias,
+                exists,
+                scale,
+                TOP_K,
+                N_GROUP,
+                TOPK_GROUP,
+                CHUNK,
+                CHUNKS,
+                LANES,
+                SIGMOID,
+                BY_LOGIT,
+                OVER_CHOSEN,
+                NORM,
+                HAS_BIAS,
+                UNIQUE,
+            )
+            bad = bad[None, :, None]
+            chosen = chosen & inside
+            route = (row - first)[None, :, None] * TOP_K + slot
+            tl.store(tl.max_contiguous(weights_ptr + first_route + route, (4, 2, 1)), weights, mask=chosen)
+            tl.store(tl.max_contiguous(ids_ptr + first_route + route, (4, 2, 1)), tl.where(bad, -1, e), mask=chosen)
+        else:
+            ids = tl.load(ids_ptr + row, mask=row < end, other=-1)[None, :, None]
+            bad = (ids < 0) | (ids >= E)
+            chosen = (e == tl.where(bad, 0, ids)) & exists & inside
+            slot = tl.zeros_like(e)
+            route = (row - first)[None, :, None] + slot
+        # One scan counts both: an expert's tokens in the low half, tokens without a choice in the high one.
+        mine = (chosen & ~bad).to(tl.int32) + ((bad & inside).to(tl.int32) << 16)
+        before = tl.cumsum(mine, 1) - mine
+        rank = counts[:, None, :] + (before & 0xFFFF)
+        bad_rank = (num_bad[:, None, :] + (before >> 16)) * TOP_K + slot
+        rank_ptrs = tl.max_contiguous(rank_ptr + first_route + route, (4, 2, 1))
+        tl.store(rank_ptrs, tl.where(bad, bad_rank, rank), mask=chosen)
+        total = tl.sum(mine, 1)
+        counts += total & 0xFFFF
+        num_bad += total >> 16
+    tl.store(counts_ptr + expert_of, counts, mask=exists_of)
 
 
-@triton.jit(do_not_specialize=["num_blocks"])
-def _prefix_kernel(
-    block_counts_ptr,  # (blocks, BLOCK_P) int32: counts in, exclusive prefix over blocks out
-    demand_ptr,  # (P,) int32
-    num_blocks,
-    E,
-    BLOCK_P: tl.constexpr,
-    BINS: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """One program BINS bins: walks over all blocks."""
-    p = tl.program_id(0) * BINS + tl.arange(0, BINS)
-    total = tl.zeros((BINS,), tl.int32)
-    for start in range(0, num_blocks, CHUNK):
-        block = start + tl.arange(0, CHUNK)
-        address = block_counts_ptr + block.to(tl.int64)[:, None] * BLOCK_P + p[None, :]
-        inside = (block < num_blocks)[:, None] & (p < BLOCK_P)[None, :]
-        counts = tl.load(address, mask=inside, other=0)
-        tl.store(address, tl.cumsum(counts, 0) - counts + total[None, :], mask=inside)
-        total += tl.sum(counts, 0)
-    tl.store(demand_ptr + p, total, mask=p <= E)
-
-
-@triton.jit(do_not_specialize=["num_routes", "capacity"])
-def _place_kernel(
+@triton.jit
+def _place_block(
     ids_ptr,
     row_route_ptr,
-    row_of_route_ptr,
-    offsets_ptr,
+    row_of_route_ptr,  # ranks in, rows out
     demand_ptr,
-    block_counts_ptr,
+    offsets_ptr,
+    demand,  # (BLOCK_E,) int32 routes of each expert, over all blocks
+    before,  # (BLOCK_E,) int32 routes of each expert in the blocks before this one
+    block,
+    first,
+    end,
     num_routes,
     E,
     capacity,
-    BLOCK_ROUTES: tl.constexpr,
+    CAPPED: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     ROUTES: tl.constexpr,
-    BLOCK_P: tl.constexpr,
 ):
-    """One program a block of BLOCK_ROUTES routes; program 0 also writes the offsets."""
-    block = tl.program_id(0)
-    p = tl.arange(0, BLOCK_P)
-    demand = tl.load(demand_ptr + p, mask=p <= E, other=0)
-    before = tl.load(block_counts_ptr + block.to(tl.int64) * BLOCK_P + p)
-    first = block * BLOCK_ROUTES
-    end = tl.minimum(first + BLOCK_ROUTES, num_routes)
+    """Routes [first, end), those of one block: the expert's offset, plus the routes before in it; ROUTES a step."""
+    e = tl.arange(0, BLOCK_E)
+    valid_routes = tl.sum(demand, 0)
+    kept = tl.minimum(demand, capacity) if CAPPED else demand
+    used = tl.sum(kept, 0) if CAPPED else valid_routes
+    offsets = tl.cumsum(kept, 0) - kept
     if block == 0:
-        _place(
+        tl.store(demand_ptr + e, demand, mask=e < E)
+        tl.store(demand_ptr + E, num_routes - valid_routes)
+        tl.store(offsets_ptr + e, offsets, mask=e < E)
+        tl.store(offsets_ptr + E, used)
+    if CAPPED:
+        overflow = demand - kept
+        overflow_first = used + tl.cumsum(overflow, 0) - overflow
+    invalid_first = valid_routes + first - tl.sum(before, 0)
+    for start in range(first, end, ROUTES):
+        i = start + tl.arange(0, ROUTES)
+        own = i < end
+        ids = tl.load(ids_ptr + i, mask=own, other=-1)
+        rank = tl.load(row_of_route_ptr + i, mask=own, other=0)
+        valid = (ids >= 0) & (ids < E)
+        bins = tl.where(valid, ids, 0)
+        if CAPPED:
+            rank += tl.where(valid, tl.gather(before, bins, 0), 0)
+            fits = valid & (rank < capacity)
+            kept_row = tl.gather(offsets, bins, 0) + rank
+            dropped_row = tl.gather(overflow_first, bins, 0) + rank - capacity
+            row = tl.where(fits, kept_row, tl.where(valid, dropped_row, invalid_first + rank))
+        else:
+            fits = valid
+            row = rank + tl.where(valid, tl.gather(offsets + before, bins, 0), invalid_first)
+        tl.store(row_route_ptr + row, i, mask=own)
+        tl.store(row_of_route_ptr + i, tl.where(fits, row, -1), mask=own)
+
+
+@triton.jit(do_not_specialize=["T", "block_tokens", "capacity", "stride_e"])
+def _choose_kernel(
+    logits_ptr,  # (T, E) any float of any strides; unused unless HAS_LOGITS
+    bias_ptr,  # (E,) float32; unused unless HAS_BIAS
+    ids_ptr,  # (T, K) int32: written if HAS_LOGITS, else read
+    weights_ptr,  # (T, K) float32: written if HAS_LOGITS
+    counts_ptr,  # (blocks, E) int32: routes of each expert in each block of tokens
+    row_of_route_ptr,  # (T, K) int32: each route's rank among those of its expert in the block; its row if SINGLE
+    demand_ptr,  # (P,) int32: written if SINGLE, as the two below
+    offsets_ptr,  # (P,) int32
+    row_route_ptr,  # (R,) int32
+    T,
+    E,
+    block_tokens,
+    capacity,
+    scale,
+    stride_t,
+    stride_e,
+    TOP_K: tl.constexpr,
+    N_GROUP: tl.constexpr,
+    TOPK_GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    LANES: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    ROUTES: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    BY_LOGIT: tl.constexpr,
+    OVER_CHOSEN: tl.constexpr,
+    NORM: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_LOGITS: tl.constexpr,
+    UNIQUE: tl.constexpr,
+    CAPPED: tl.constexpr,
+    SINGLE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One program block_tokens tokens; if SINGLE, one program all tokens, placing them too."""
+    wait_for_previous(PDL)
+    block = tl.program_id(0)
+    first = block * block_tokens
+    _choose_block(
+        logits_ptr,
+        bias_ptr,
+        ids_ptr,
+        weights_ptr,
+        row_of_route_ptr,
+        counts_ptr + block.to(tl.int64) * E,
+        first,
+        tl.minimum(first + block_tokens, T),
+        E,
+        scale,
+        stride_t,
+        stride_e,
+        TOP_K,
+        N_GROUP,
+        TOPK_GROUP,
+        ROWS,
+        CHUNK,
+        CHUNKS,
+        LANES,
+        SIGMOID,
+        BY_LOGIT,
+        OVER_CHOSEN,
+        NORM,
+        HAS_BIAS,
+        HAS_LOGITS,
+        UNIQUE,
+    )
+    if SINGLE:
+        tl.debug_barrier()  # placing reads what other threads wrote
+        e = tl.arange(0, BLOCK_E)
+        counts = tl.load(counts_ptr + e, mask=e < E, other=0)
+        _place_block(
             ids_ptr,
             row_route_ptr,
             row_of_route_ptr,
+            demand_ptr,
             offsets_ptr,
-            demand,
-            before,
+            counts,
+            tl.zeros_like(counts),
+            block,
             first,
-            end,
+            T * TOP_K,
+            T * TOP_K,
             E,
             capacity,
-            True,
+            CAPPED,
+            BLOCK_E,
             ROUTES,
-            BLOCK_P,
         )
-    else:
-        _place(
-            ids_ptr,
-            row_route_ptr,
-            row_of_route_ptr,
-            offsets_ptr,
-            demand,
-            before,
-            first,
-            end,
-            E,
-            capacity,
-            False,
-            ROUTES,
-            BLOCK_P,
-        )
+
+
+@triton.jit(do_not_specialize=["num_routes", "block_routes", "num_blocks", "capacity"])
+def _place_kernel(
+    ids_ptr,  # (T, K) int32
+    counts_ptr,  # (blocks, E) int32
+    row_of_route_ptr,  # (T, K) int32: ranks in, rows out
+    demand_ptr,  # (P,) int32
+    offsets_ptr,  # (P,) int32
+    row_route_ptr,  # (R,) int32
+    num_routes,
+    E,
+    block_routes,
+    num_blocks,
+    capacity,
+    BLOCK_E: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    ROUTES: tl.constexpr,
+    CAPPED: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One program the block_routes routes of one block of tokens; program 0 also writes demand and offsets."""
+    wait_for_previous(PDL)
+    block = tl.program_id(0)
+    e = tl.arange(0, BLOCK_E)
+    demand = tl.zeros((BLOCK_E,), tl.int32)
+    before = tl.zeros((BLOCK_E,), tl.int32)
+    for start in range(0, num_blocks, BLOCK_B):
+        b = start + tl.arange(0, BLOCK_B)
+        address = counts_ptr + b.to(tl.int64)[:, None] * E + e[None, :]
+        counts = tl.load(address, mask=(b < num_blocks)[:, None] & (e < E)[None, :], other=0)
+        demand += tl.sum(counts, 0)
+        before += tl.sum(tl.where((b < block)[:, None], counts, 0), 0)
+    first = block * block_routes
+    _place_block(
+        ids_ptr,
+        row_route_ptr,
+        row_of_route_ptr,
+        demand_ptr,
+        offsets_ptr,
+        demand,
+        before,
+        block,
+        first,
+        tl.minimum(first + block_routes, num_routes),
+        num_routes,
+        E,
+        capacity,
+        CAPPED,
+        BLOCK_E,
+        ROUTES,
+    )
 
 
 @dataclass(frozen=True)
 class _Blocks:
-    """Block sizes of the routing kernels for one problem."""
+    """How the tokens of one problem are divided: `count` programs of `tokens` tokens, `rows` of them a step."""
 
+    count: int
     tokens: int
+    rows: int
+    chunk: int
+    chunks: int
+    lanes: int
     experts: int
-    bins: int
     routes: int
-    single: bool
 
-    def num_warps(self, n_group: int) -> int:
-        # 16 logits a thread: their 64-bit keys and the float32 scores stay in registers. Groups want more of those a
-        # thread than eight warps leave.
-        return max(1, min(8 if n_group == 1 else 4, self.tokens * self.experts // 512))
+    @property
+    def single(self) -> bool:
+        return self.count == 1
+
+    @property
+    def num_warps(self) -> int:
+        """8 logits a thread, up to 16 warps; one warp a token, unless it would hold more than 16 logits a thread."""
+        return max(1, min(16, self.rows * cdiv(self.chunks, 16), self.rows * self.chunks * self.lanes // 256))
+
+    @property
+    def blocks_per_step(self) -> int:
+        """Blocks whose counts the placing launch loads at once: 32 numbers a thread of its 8 warps."""
+        return max(1, min(64, 8192 // self.experts))
 
     @classmethod
     @functools.lru_cache(maxsize=256)
-    def choose(cls, num_tokens: int, num_experts: int, top_k: int) -> _Blocks:
-        block_k = next_power_of_2(top_k)
+    def choose(cls, num_tokens: int, num_experts: int, top_k: int, n_group: int) -> _Blocks:
         block_e = next_power_of_2(num_experts)
-        single = num_tokens <= SINGLE_LAUNCH_TOKENS and num_tokens * block_k <= SINGLE_LAUNCH_ROUTES
-        single = single and next_power_of_2(num_tokens) * block_e <= SINGLE_LAUNCH_LOGITS
-        if single:
-            tokens = max(1, next_power_of_2(num_tokens))
-        else:
-            tokens = max(1, min(ROUTES_PER_BLOCK // block_k, 4096 // block_e))
-        # Two bins more than experts: one for invalid routes, one for the padding of the block itself.
-        bins = next_power_of_2(num_experts + 2)
-        return cls(tokens, block_e, bins, next_power_of_2(tokens * top_k), single)
+        chunk = num_experts // n_group if n_group > 1 else min(32, block_e)
+        chunks, lanes = next_power_of_2(cdiv(num_experts, chunk)), next_power_of_2(chunk)
+        single = num_tokens * top_k <= SINGLE_LAUNCH_ROUTES and num_tokens * num_experts <= SINGLE_LAUNCH_LOGITS
+        tokens = num_tokens if single else max(16, cdiv(num_tokens, MAX_BLOCKS))
+        # 8 logits a thread of the most warps there are: their keys and scores stay in registers.
+        rows = max(1, min(64, 4096 // (chunks * lanes), next_power_of_2(tokens)))
+        tokens = cdiv(tokens, rows) * rows
+        routes = min(1024, next_power_of_2(tokens * top_k))
+        return cls(cdiv(num_tokens, tokens), tokens, rows, chunk, chunks, lanes, block_e, routes)
+
+
+def _has_unique_keys(logits_TE: torch.Tensor | None, bias_E: torch.Tensor | None, router: RouterConfig) -> bool:
+    """Whether the order of a token's logits and of the ids that break its ties fit one int32."""
+    if logits_TE is None or bias_E is not None or router.n_group > 1:
+        return False
+    return logits_TE.dtype in (torch.float16, torch.bfloat16) and logits_TE.shape[1] <= _FREE_BITS.value
 
 
 def router_flags(router: RouterConfig) -> dict[str, bool]:
@@ -391,60 +520,61 @@ def _launch(
     row_of_route_TK = torch.empty(num_tokens, top_k, dtype=torch.int32, device=device)
     if num_tokens == 0:
         return demand_P.zero_(), offsets_P.zero_(), row_route_R, row_of_route_TK
-    blocks = _Blocks.choose(num_tokens, num_experts, top_k)
-    num_blocks = cdiv(num_tokens, blocks.tokens)
+    if logits_TE is None:
+        num_tokens, top_k = num_routes, 1
+    blocks = _Blocks.choose(num_tokens, num_experts, top_k, router.n_group)
+    counts = torch.empty(blocks.count, num_experts, dtype=torch.int32, device=device)
     limit = num_routes if capacity is None else min(capacity, num_routes)
-    # A single launch keeps its counts in registers and never touches this buffer.
-    block_counts = torch.empty(0 if blocks.single else num_blocks, blocks.bins, dtype=torch.int32, device=device)
-    _route_kernel[(num_blocks,)](
+    pdl = pdl_options(device, pays=num_tokens <= PDL_MAX_TOKENS)
+    shared = {"BLOCK_E": blocks.experts, "ROUTES": blocks.routes, "CAPPED": limit < num_routes, **pdl}
+    _choose_kernel[(blocks.count,)](
         logits_TE,
         bias_E,
         ids_TK,
         weights_TK,
-        block_counts,
+        counts,
+        row_of_route_TK,
         demand_P,
         offsets_P,
         row_route_R,
-        row_of_route_TK,
         num_tokens,
         num_experts,
+        blocks.tokens,
         limit,
         float(router.routed_scaling_factor),
-        0 if logits_TE is None else logits_TE.stride(0),
+        *((0, 0) if logits_TE is None else logits_TE.stride()),
         TOP_K=top_k,
-        BLOCK_K=next_power_of_2(top_k),
-        BLOCK_T=blocks.tokens,
-        BLOCK_E=blocks.experts,
-        BLOCK_P=blocks.bins,
-        ROUTES=blocks.routes,
         N_GROUP=router.n_group,
         TOPK_GROUP=router.topk_group,
+        ROWS=blocks.rows,
+        CHUNK=blocks.chunk,
+        CHUNKS=blocks.chunks,
+        LANES=blocks.lanes,
         BY_LOGIT=router.softmax_after_topk,
         HAS_BIAS=bias_E is not None,
         HAS_LOGITS=logits_TE is not None,
+        UNIQUE=_has_unique_keys(logits_TE, bias_E, router),
         SINGLE=blocks.single,
-        num_warps=blocks.num_warps(router.n_group),
+        num_warps=blocks.num_warps,
         **router_flags(router),
+        **shared,
     )
     if not blocks.single:
-        bins_per_program = 16
-        _prefix_kernel[(cdiv(blocks.bins, bins_per_program),)](
-            block_counts, demand_P, num_blocks, num_experts, BLOCK_P=blocks.bins, BINS=bins_per_program, CHUNK=128
-        )
-        _place_kernel[(num_blocks,)](
+        _place_kernel[(blocks.count,)](
             ids_TK,
-            row_route_R,
+            counts,
             row_of_route_TK,
-            offsets_P,
             demand_P,
-            block_counts,
+            offsets_P,
+            row_route_R,
             num_routes,
             num_experts,
+            blocks.tokens * top_k,
+            blocks.count,
             limit,
-            BLOCK_ROUTES=blocks.tokens * top_k,
-            ROUTES=blocks.routes,
-            BLOCK_P=blocks.bins,
-            num_warps=4,
+            BLOCK_B=blocks.blocks_per_step,
+            num_warps=8,
+            **shared,
         )
     return demand_P, offsets_P, row_route_R, row_of_route_TK
 
@@ -454,8 +584,6 @@ def route_forward(
 ) -> tuple[torch.Tensor, ...]:
     """(topk_ids_TK, topk_weights_TK, demand_P, offsets_P, row_route_R, row_of_route_TK) of logits of any float."""
     num_tokens, num_experts = logits_TE.shape
-    if logits_TE.stride(1) != 1:
-        logits_TE = logits_TE.contiguous()
     ids_TK = torch.empty(num_tokens, top_k, dtype=torch.int32, device=logits_TE.device)
     weights_TK = torch.empty(num_tokens, top_k, dtype=torch.float32, device=logits_TE.device)
     if bias_E is not None:
