@@ -1,0 +1,50 @@
+"""Decode tiles compile for sm_90: no spills, in shared memory, weights in 16-byte copies, wgmma, dependent launch."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from moe_gpu.triton_kernels import decode, tuning
+from tests.aot.compiling import compile_for
+
+COPY = r"cp\.async\.c[ag]\.shared\.global[^;]*(0x[0-9a-f]+)"
+ALIGNED = ("H", "I", "O", "x_stride", "w_stride_e", "w_stride_n")
+TYPES = dict.fromkeys(("x_ptr", "w_ptr", "a_ptr"), "*bf16")
+TYPES |= dict.fromkeys(("route_ptr", "offsets_ptr"), "*i32")
+TYPES |= {"y_ptr": "*fp32"} | dict.fromkeys((*ALIGNED, "E"), "i32")
+
+
+@pytest.mark.parametrize("num_rows", [16, 32, 64, 128])
+def test_decode_tile(num_rows):
+    config = decode.decode_config(num_rows)
+    for kernel, tile in ((decode._decode_up_kernel, config.up), (decode._decode_down_kernel, config.down)):
+        constants = {
+            "w_stride_k": 1,
+            "bias_ptr": None,
+            "TOP_K": 8,
+            "FUNCTION": "silu",
+            "GATED": True,
+            "HAS_BIAS": False,
+            "EVEN_K": True,
+            "BY_COLUMN": False,
+            "PDL": True,
+            "PREFETCH": config.prefetch,
+            "BLOCK_E": 128,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": tile.block_n,
+            "BLOCK_K": tile.block_k,
+        }
+        constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+        signature = {name: TYPES[name] for name in kernel.arg_names if name not in constants}
+        options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+        compiled = compile_for(kernel, 90, signature, constants, ALIGNED, **options)
+        assert compiled.spills == 0
+        assert compiled.shared_bytes <= tuning.HOPPER_SHARED_BYTES
+        assert "griddepcontrol.wait" in compiled.ptx
+        assert compiled.num_wgmma > 0
+        widths = [int(width, 16) for width in re.findall(COPY, compiled.ptx)]
+        rows_width = min(16, 2 * config.block_m * tile.block_k // (32 * tile.num_warps))  # one copy a thread
+        assert len(widths) == compiled.num_async_copies > 0
+        assert set(widths) == {16, rows_width}
