@@ -73,7 +73,7 @@ EXPERT_CASES = [
     ExpertCase("empty experts", 20, 32, 24, 8, 2, routing="few"),
     ExpertCase("all tokens to one expert", 40, 32, 24, 4, 1, routing="one"),
     ExpertCase("k = 1", 33, 40, 16, 5, 1),
-    ExpertCase("k = E, prime E", 9, 24, 16, 7, 7),
+    ExpertCase("k = E, prime E", 40, 24, 16, 7, 7),
     ExpertCase("another output width", 30, 32, 24, 4, 2, output_dim=51),
     ExpertCase("capacity drops routes", 50, 32, 24, 4, 2, capacity=7, routing="few"),
     ExpertCase("ids out of range and -1", 24, 32, 24, 4, 2, routing="out of range"),

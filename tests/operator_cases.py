@@ -103,7 +103,7 @@ def run_opcheck(device: str) -> None:
     checks = {
         operators.route.default: (logits, None, 2, "softmax", False, True, 1.0, 1, 1, None),
         operators.sort_routes.default: (problem.ids_TK, 3, None),
-        operators.experts.default: (x, routing_weights, problem.ids_TK, *rows, *stacked, "swiglu", True, False),
+        operators.experts.default: (x, routing_weights, problem.ids_TK, *rows, *stacked, "swiglu", None, True, False),
         operators.permute.default: (x, *rows),
         operators.combine.default: (y, routing_weights, *rows),
         operators.grouped_gemm.default: (y, w, bias, routing.offsets_P),

@@ -14,6 +14,7 @@ import torch
 
 from moe_gpu.config import RouterConfig
 from moe_gpu.triton_kernels import routing
+from moe_gpu.triton_kernels.decode import decode_config, decode_forward, decode_unsupported
 from moe_gpu.triton_kernels.expert_mlp import expert_mlp_forward
 from moe_gpu.triton_kernels.gather_scatter import (
     combine_forward,
@@ -22,10 +23,10 @@ from moe_gpu.triton_kernels.gather_scatter import (
     route_dot,
     weight_gradient,
 )
-from moe_gpu.triton_kernels.grouped_gemm import grouped_gemm_forward, num_sms, shared_bytes
-from moe_gpu.triton_kernels.grouped_gemm_grad import grouped_gemm_grad_act, grouped_gemm_grad_w
+from moe_gpu.triton_kernels.grouped_gemm import num_sms, row_contiguous, shared_bytes
+from moe_gpu.triton_kernels.products import Products
 from moe_gpu.triton_kernels.routing_grad import route_backward
-from moe_gpu.triton_kernels.tuning import GemmConfig, gather_first, gemm_config, mlp_config
+from moe_gpu.triton_kernels.tuning import mlp_config
 
 NAMESPACE = "moe_gpu"
 _ROUTER = (
@@ -33,7 +34,10 @@ _ROUTER = (
     "int n_group, int topk_group"
 )
 _ROUTES = "Tensor row_route, Tensor row_of_route, Tensor offsets"
-_WEIGHTS = "Tensor up, Tensor down, Tensor? mid, Tensor? up_bias, Tensor? mid_bias, Tensor? down_bias, str activation"
+_WEIGHTS = (
+    "Tensor up, Tensor down, Tensor? mid, Tensor? up_bias, Tensor? mid_bias, Tensor? down_bias, "
+    "str activation, int? sm_budget"
+)
 _SCHEMAS = {
     "route": f"(Tensor logits, Tensor? bias, int top_k, {_ROUTER}, int? capacity)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -54,10 +58,6 @@ _SCHEMAS = {
 
 
 _router = functools.lru_cache(maxsize=64)(RouterConfig)
-
-
-def _tile(kind, tensor, num_rows, num_experts):
-    return gemm_config(kind, tensor.dtype, num_rows, num_experts, shared_bytes(tensor.device))
 
 
 def _route(logits, bias, top_k, *rest):
@@ -107,6 +107,7 @@ class _Operands(NamedTuple):
     mid_bias: torch.Tensor | None
     down_bias: torch.Tensor | None
     activation: str
+    sm_budget: int | None
 
     @classmethod
     def split(cls, arguments: tuple) -> tuple[_Operands, tuple]:
@@ -126,8 +127,9 @@ class _Operands(NamedTuple):
     def top_k(self) -> int:
         return self.ids.shape[1]
 
-    def tile(self, kind: str) -> GemmConfig:
-        return _tile(kind, self.x, self.num_rows, self.num_experts)
+    def products(self, *more_rows: torch.Tensor) -> Products:
+        weights = (self.up, self.down) if self.mid is None else (self.up, self.mid, self.down)
+        return Products.of((self.x, *more_rows), weights, self.offsets, self.num_rows, self.sm_budget)
 
     def absent(self) -> torch.Tensor:
         """Stands for a result that there is not: operators return tensors only."""
@@ -144,13 +146,20 @@ def _experts(*arguments):
             o.x, o.row_route, o.offsets, o.top_k, o.up, o.down, o.activation, tile, o.up_bias, o.down_bias
         )
         return combine_forward(y, o.row_of_route, o.weights, o.x.dtype), o.absent(), o.absent()
+    depth = 1 if o.mid is None else 2
+    if decode_unsupported(o.x, o.num_rows, o.num_experts, depth, save, o.sm_budget) is None:
+        rows = (o.x, o.row_route, o.offsets, o.top_k)
+        y = decode_forward(*rows, o.up, o.down, o.activation, decode_config(o.num_rows), o.up_bias, o.down_bias)
+        return combine_forward(y, o.row_of_route, o.weights, o.x.dtype), o.absent(), o.absent()
+    o = o._replace(x=row_contiguous(o.x))
+    products = o.products()
     keep: dict[str, Any] = {"activation": o.activation, "save_h": save}
     gather: dict[str, Any] = {"route_R": o.row_route, "top_k": o.top_k}
-    a, h = grouped_gemm_forward(o.x, o.up, o.offsets, o.num_rows, o.tile("up"), bias_EN=o.up_bias, **gather, **keep)
+    a, h = products.forward("up", o.x, o.up, bias_EN=o.up_bias, **gather, **keep)
     h2 = None
     if o.mid is not None:
-        a, h2 = grouped_gemm_forward(a, o.mid, o.offsets, o.num_rows, o.tile("down"), bias_EN=o.mid_bias, **keep)
-    y, _ = grouped_gemm_forward(a, o.down, o.offsets, o.num_rows, o.tile("down"), bias_EN=o.down_bias)
+        a, h2 = products.forward("up", a, o.mid, bias_EN=o.mid_bias, **keep)
+    y, _ = products.forward("down", a, o.down, bias_EN=o.down_bias)
     out = combine_forward(y, o.row_of_route, o.weights, o.x.dtype)
     return out, o.absent() if h is None else h, o.absent() if h2 is None else h2
 
@@ -163,50 +172,41 @@ def _experts_fake(*arguments):
     return out, h, h2
 
 
-def _gathered_grad_w(o: _Operands, d: torch.Tensor, a: torch.Tensor, like: torch.Tensor, gather_d: bool):
-    """D^T A where one operand has a row per token: gathered inside the product, or before it if that is faster."""
-    grad_w = torch.empty_like(like)
-    if gather_first(like.shape[1], o.num_rows, o.num_experts):
-        rows = permute_forward(d if gather_d else a, o.row_route, o.offsets, o.top_k)
-        d, a = (rows, a) if gather_d else (d, rows)
-        return grouped_gemm_grad_w(d, a, grad_w, o.offsets, o.tile("grad_w"))
-    gather: dict[str, Any] = {"gather_d": gather_d, "gather_a": not gather_d, "top_k": o.top_k, "route_R": o.row_route}
-    return grouped_gemm_grad_w(d, a, grad_w, o.offsets, o.tile("grad_w_gather"), **gather)
-
-
 def _experts_backward(grad_out, *arguments):
     o, (h, h2, need_x, need_weights) = _Operands.split(arguments)
     grad_out = grad_out.contiguous()
     # Kernels that go by route address these flat.
-    o = o._replace(weights=o.weights.contiguous(), ids=o.ids.contiguous())
-    by_route = {"route_R": o.row_route, "route_weight_TK": o.weights}
+    o = o._replace(x=row_contiguous(o.x), weights=o.weights.contiguous(), ids=o.ids.contiguous())
+    products = o.products(grad_out)
+    by_route: dict[str, Any] = {"route_R": o.row_route, "route_weight_TK": o.weights}
+    gather: dict[str, Any] = {"route_R": o.row_route, "top_k": o.top_k}
     grad_down = grad_up = grad_mid = grad_up_bias = grad_mid_bias = grad_down_bias = None
     last_h = h if o.mid is None else h2
-    grad_h, act, partials = grouped_gemm_grad_act(
-        grad_out, o.down.transpose(1, 2), last_h, o.activation, o.offsets, o.tile("grad_act"), **by_route
+    grad_last, act_last, partials = products.grad_act(
+        grad_out, o.down.transpose(1, 2), last_h, o.activation, **by_route
     )
+    grad_h, act = grad_last, None
+    if o.mid is not None:
+        grad_h, act, _ = products.grad_act(grad_last, o.mid.transpose(1, 2), h, o.activation)
+    grad_x = None
+    if need_x:  # first: its rows are gone again before the gradients of the weights take memory
+        grad_rows, _ = products.forward("grad_x", grad_h, o.up.transpose(1, 2))
+        grad_x = combine_forward(grad_rows, o.row_of_route, None, o.x.dtype)
+        del grad_rows
     if need_weights:
-        grad_down = _gathered_grad_w(o, grad_out, act, o.down, gather_d=True)
+        grad_down = products.grad_w(grad_out, act_last, o.down, gather_d=True, **gather)
         if o.down_bias is not None:
             grad_down_bias = grad_bias(grad_out, o.down_bias, o.offsets, **by_route)
-    if o.mid is not None:
-        grad_h2 = grad_h
-        grad_h, act, _ = grouped_gemm_grad_act(
-            grad_h2, o.mid.transpose(1, 2), h, o.activation, o.offsets, o.tile("grad_act")
-        )
-        if need_weights:
-            grad_mid = grouped_gemm_grad_w(grad_h2, act, torch.empty_like(o.mid), o.offsets, o.tile("grad_w"))
+        del act_last
+        if o.mid is not None:
+            assert act is not None
+            grad_mid = products.grad_w(grad_last, act, o.mid)
             if o.mid_bias is not None:
-                grad_mid_bias = grad_bias(grad_h2, o.mid_bias, o.offsets)
-    del act
-    if need_weights:
-        grad_up = _gathered_grad_w(o, grad_h, o.x, o.up, gather_d=False)
+                grad_mid_bias = grad_bias(grad_last, o.mid_bias, o.offsets)
+        del act, grad_last
+        grad_up = products.grad_w(grad_h, o.x, o.up, **gather)
         if o.up_bias is not None:
             grad_up_bias = grad_bias(grad_h, o.up_bias, o.offsets)
-    grad_x = None
-    if need_x:
-        grad_rows, _ = grouped_gemm_forward(grad_h, o.up.transpose(1, 2), o.offsets, o.num_rows, o.tile("grad_x"))
-        grad_x = combine_forward(grad_rows, o.row_of_route, None, o.x.dtype)
     assert partials is not None  # gathered, so there are some
     grad_weights = weight_gradient(partials, o.row_of_route, o.ids, grad_out, o.down_bias)
     grads = (grad_x, grad_weights, grad_up, grad_down, grad_mid, grad_up_bias, grad_mid_bias, grad_down_bias)
@@ -259,9 +259,9 @@ def _sum_routes_fake(y, row_of_route):
 
 
 def _grouped_gemm(a, w, bias, offsets):
-    tile = _tile("down", a, a.shape[0], w.shape[0])
-    out, _ = grouped_gemm_forward(a, w, offsets, a.shape[0], tile, bias_EN=bias, zero_tail=True)
-    return out
+    a = row_contiguous(a)
+    products = Products.of((a,), (w,), offsets, a.shape[0])
+    return products.forward("down", a, w, bias_EN=bias, zero_tail=True)[0]
 
 
 def _grouped_gemm_fake(a, w, bias, offsets):
@@ -269,11 +269,10 @@ def _grouped_gemm_fake(a, w, bias, offsets):
 
 
 def _grouped_gemm_backward(grad, a, w, bias, offsets):
-    num_rows, num_experts = a.shape[0], w.shape[0]
-    tile = _tile("grad_x", a, num_rows, num_experts)
-    grad_a, _ = grouped_gemm_forward(grad, w.transpose(1, 2), offsets, num_rows, tile, zero_tail=True)
-    tile = _tile("grad_w", a, num_rows, num_experts)
-    grad_w = grouped_gemm_grad_w(grad, a, torch.empty_like(w), offsets, tile)
+    a = row_contiguous(a)
+    products = Products.of((a, grad), (w,), offsets, a.shape[0])
+    grad_a, _ = products.forward("grad_x", grad, w.transpose(1, 2), zero_tail=True)
+    grad_w = products.grad_w(grad, a, w)
     return grad_a, grad_w, a.new_empty(0) if bias is None else grad_bias(grad, bias, offsets)
 
 
@@ -298,27 +297,28 @@ def _grad_route(ctx, grad_weights, *_integers):
 
 
 def _save_experts(ctx, inputs, output):
-    *tensors, activation, save, _fused = inputs
+    *tensors, activation, sm_budget, save, _fused = inputs
     _, h, h2 = output
     ctx.set_materialize_grads(False)
     if not save:
         raise RuntimeError("moe_gpu::experts was called with save=False, which keeps nothing for a gradient")
     ctx.mark_non_differentiable(h, h2)
     ctx.save_for_backward(*tensors, h, h2)
-    ctx.activation = activation
+    ctx.activation, ctx.sm_budget = activation, sm_budget
 
 
 def _grad_experts(ctx, grad_out, _h, _h2):
     if grad_out is None:
-        return (None,) * 15
+        return (None,) * 16
     *tensors, h, h2 = ctx.saved_tensors
     need = ctx.needs_input_grad
     need_weights = any(need[6:12])
-    grads = torch.ops.moe_gpu.experts_backward(grad_out, *tensors, ctx.activation, h, h2, need[0], need_weights)
+    rest = (ctx.activation, ctx.sm_budget, h, h2, need[0], need_weights)
+    grads = torch.ops.moe_gpu.experts_backward(grad_out, *tensors, *rest)
     grad_x, grad_weights, *grad_parameters = grads
     parameters = tensors[6:12]
     wanted = [grad if need[6 + i] and parameters[i] is not None else None for i, grad in enumerate(grad_parameters)]
-    return grad_x if need[0] else None, grad_weights, None, None, None, None, *wanted, None, None, None
+    return grad_x if need[0] else None, grad_weights, None, None, None, None, *wanted, None, None, None, None
 
 
 def _save_permute(ctx, inputs, output):

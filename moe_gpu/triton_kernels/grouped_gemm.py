@@ -281,8 +281,10 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
 
 
-def num_programs(device: torch.device, config: GemmConfig, num_tiles: int) -> int:
-    return max(1, min(num_tiles, num_sms(device) * config.programs_per_sm))
+def num_programs(device: torch.device, config: GemmConfig, num_tiles: int, sm_budget: int | None = None) -> int:
+    """Programs to launch: no more than there are tiles, and none beyond the SMs (or `sm_budget` of them)."""
+    sms = num_sms(device) if sm_budget is None else min(num_sms(device), sm_budget)
+    return max(1, min(num_tiles, sms * config.programs_per_sm))
 
 
 def tile_bound(num_rows: int, num_experts: int, num_columns: int, config: GemmConfig) -> int:
@@ -308,6 +310,7 @@ def grouped_gemm_forward(
     bias_EN: torch.Tensor | None = None,
     save_h: bool = False,
     zero_tail: bool = False,
+    sm_budget: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`f(a W[e]^T + bias[e])` over the rows of each expert, and the pre-activations if asked for.
 
@@ -324,7 +327,7 @@ def grouped_gemm_forward(
     h = torch.empty(num_rows, w_rows, dtype=a.dtype, device=a.device) if save_h else None
     if num_rows == 0:
         return out, h
-    programs = num_programs(a.device, config, tile_bound(num_rows, num_experts, columns, config))
+    programs = num_programs(a.device, config, tile_bound(num_rows, num_experts, columns, config), sm_budget)
     _grouped_gemm_fwd_kernel[(programs,)](
         a,
         route_R,

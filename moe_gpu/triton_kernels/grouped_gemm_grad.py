@@ -347,6 +347,7 @@ def grouped_gemm_grad_act(
     *,
     route_R: torch.Tensor | None = None,
     route_weight_TK: torch.Tensor | None = None,
+    sm_budget: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Gradient through `y = activation(h) W'^T`; `w_ENK` is W' with N the activation's columns, K those of `grad`.
 
@@ -366,7 +367,7 @@ def grouped_gemm_grad_act(
         partials = torch.empty(num_rows, tiles, dtype=torch.float32, device=h.device)
     if num_rows == 0:
         return grad_h, act, partials
-    programs = num_programs(h.device, config, tile_bound(num_rows, num_experts, columns, config))
+    programs = num_programs(h.device, config, tile_bound(num_rows, num_experts, columns, config), sm_budget)
     _grouped_gemm_grad_act_kernel[(programs,)](
         grad,
         route_R,
@@ -411,12 +412,13 @@ def grouped_gemm_grad_w(
     top_k: int = 1,
     gather_d: bool = False,
     gather_a: bool = False,
+    sm_budget: int | None = None,
 ) -> torch.Tensor:
     """Write `D_e^T A_e` for every expert into `grad_w_ENK` (any strides) and return it."""
     d, a = row_contiguous(d), row_contiguous(a)
     num_experts, columns, depth = grad_w_ENK.shape
     tiles = num_experts * cdiv(columns, config.block_n) * cdiv(depth, config.block_k)
-    _grouped_gemm_grad_w_kernel[(num_programs(d.device, config, tiles),)](
+    _grouped_gemm_grad_w_kernel[(num_programs(d.device, config, tiles, sm_budget),)](
         d,
         a,
         route_R,

@@ -51,8 +51,11 @@ class TritonExpertOps:
     are served by the reference on any device; `backend_for(dtype)` says so.
     """
 
-    def __init__(self, device: torch.device | str, use_triton: bool = True) -> None:
+    def __init__(self, device: torch.device | str, use_triton: bool = True, sm_budget: int | None = None) -> None:
+        if sm_budget is not None and sm_budget < 1:
+            raise ValueError(f"sm_budget={sm_budget} must be at least 1, or None for every SM")
         device = torch.device(device)
+        self.sm_budget = sm_budget
         self.backend = choose_backend(device.type, device.index, use_triton)
         if self.backend.name == "triton":
             from moe_gpu.triton_kernels import custom_ops
@@ -156,6 +159,7 @@ class TritonExpertOps:
             w.mid_bias_EI,
             w.down_bias_EO,
             activation,
+            self.sm_budget,
             save,
             fused,
         )[0]

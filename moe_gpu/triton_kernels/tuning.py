@@ -1,8 +1,7 @@
-"""Every tile configuration: chosen from the kind of product, the dtype and the bucket of rows per expert, never timed.
+"""Tile configurations, and the rules that choose one where no measured table (tile_table.py) has an entry.
 
-The tables were found on an H200 with `benchmarks/tune_tiles.py`; `benchmarks/results/README.md` says which of the runs
-were recorded. GPUs with less shared memory a program get narrower
-tiles that fit, not tuned there. Buckets keep a change of T from compiling anew.
+The rules come from runs on an H200; `benchmarks/results/README.md` says which of them were recorded. GPUs with less
+shared memory a program get narrower tiles that fit, not tuned there. Buckets keep a change of T from compiling anew.
 """
 
 from __future__ import annotations
@@ -33,6 +32,19 @@ class GemmConfig:
     num_stages: int
     group_m: int = 8
     programs_per_sm: int = 1
+
+
+@dataclass(frozen=True)
+class HopperConfig:
+    """A product by the warp-specialised kernels for Hopper: tiles of 128 x 256, STAGES steps of 64 in flight.
+
+    width, slots: columns of a store, and how many stores a consumer may have on their way.
+    """
+
+    stages: int
+    width: int = 64
+    slots: int = 2
+    group_m: int = 8
 
 
 @dataclass(frozen=True)
@@ -101,7 +113,25 @@ _SMALL = {
     "grad_w": {_ANY: GemmConfig(32, 128, 128, 8, 3)},
     "grad_w_gather": {_ANY: GemmConfig(32, 128, 128, 8, 3)},
 }
+# What compute capability 9.0 runs from HOPPER_MIN_ROWS_PER_EXPERT rows per expert on. In a CUDA graph they win from 16
+# rows on; launched eagerly the host's work on their descriptors costs more than they save below 64.
+_HOPPER = {
+    "up": HopperConfig(4),
+    "down": HopperConfig(3, width=256, slots=1),
+    "grad_act": HopperConfig(3),
+    "grad_x": HopperConfig(3, width=256, slots=1),
+    "grad_w": HopperConfig(4),
+    "grad_w_gather": HopperConfig(4),
+}
+HOPPER_MIN_ROWS_PER_EXPERT = 64
 HOPPER_SHARED_BYTES, AMPERE_SHARED_BYTES, SMALL_SHARED_BYTES = 227 * 1024, 163 * 1024, 99 * 1024
+_SHARED_BYTES = {
+    (8, 0): AMPERE_SHARED_BYTES,
+    (8, 7): AMPERE_SHARED_BYTES,
+    (9, 0): HOPPER_SHARED_BYTES,
+    (10, 0): HOPPER_SHARED_BYTES,
+    (10, 3): HOPPER_SHARED_BYTES,
+}
 # Exact float32 runs on the plain cores: small tiles, whatever the load.
 _FLOAT32 = GemmConfig(32, 32, 32, 4, 2, programs_per_sm=4)
 
@@ -110,12 +140,29 @@ _FLOAT32 = GemmConfig(32, 32, 32, 4, 2, programs_per_sm=4)
 FUSED_MLP_MAX_ROWS_PER_EXPERT = 0
 
 
+def operand_bytes(kind: str, tile: GemmConfig | HopperConfig, gated: bool = True) -> int:
+    """Shared memory that the stages (and Hopper's output slots) of a tile of 16-bit numbers take, barriers aside."""
+    if isinstance(tile, HopperConfig):
+        columns = 5 * 64 if kind == "grad_act" else tile.slots * tile.width
+        return 2 * ((128 + 256) * 64 * tile.stages + 2 * 64 * columns)
+    m, n, k = tile.block_m, tile.block_n, tile.block_k
+    if kind.startswith("grad_w"):
+        # A loop that gathers spends two of its stages on the indices.
+        return 2 * m * (n + k) * max(1, tile.num_stages - (2 if kind == "grad_w_gather" else 0))
+    return 2 * (m * k + n * k * (2 if gated and kind == "up" else 1)) * tile.num_stages
+
+
 def gather_first(width: int, num_rows: int, num_experts: int) -> bool:
     """Whether a weight gradient of `width` rows gains by copying its gathered operand into order first.
 
     Gathering inside the product costs a fifth of its rate on an H200; the copy costs reading and writing the rows.
     """
     return width >= 1024 and num_rows / num_experts > 96
+
+
+def shared_bytes_of(capability: tuple[int, int]) -> int:
+    """Shared memory that one program may use at a compute capability, where there is no such GPU to ask."""
+    return _SHARED_BYTES.get(capability, SMALL_SHARED_BYTES)
 
 
 def half_tiles(kind: str, shared_bytes: int) -> dict[int, GemmConfig]:
@@ -131,12 +178,22 @@ def half_tiles(kind: str, shared_bytes: int) -> dict[int, GemmConfig]:
 
 
 def gemm_config(
-    kind: str, dtype: torch.dtype, num_rows: int, num_experts: int, shared_bytes: int = HOPPER_SHARED_BYTES
-) -> GemmConfig:
-    """The tile for a product of `kind` (one of KINDS) over `num_rows` rows of all experts."""
+    kind: str,
+    dtype: torch.dtype,
+    num_rows: int,
+    num_experts: int,
+    shared_bytes: int = HOPPER_SHARED_BYTES,
+    hopper: bool = False,
+) -> GemmConfig | HopperConfig:
+    """The tile by rule for a product of `kind` (one of KINDS) over `num_rows` rows of all experts.
+
+    hopper: whether the kernels for Hopper can serve; they do where they are faster.
+    """
     if dtype == torch.float32:
         return _FLOAT32
     rows_per_expert = num_rows / num_experts
+    if hopper and rows_per_expert >= HOPPER_MIN_ROWS_PER_EXPERT:
+        return _HOPPER[kind]
     return next(tile for limit, tile in half_tiles(kind, shared_bytes).items() if rows_per_expert <= limit)
 
 

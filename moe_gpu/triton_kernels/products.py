@@ -1,0 +1,189 @@
+"""The products over rows sorted by expert, each by what serves it: Gluon kernels on Hopper, plain Triton elsewhere."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from moe_gpu.triton_kernels.gather_scatter import permute_forward
+from moe_gpu.triton_kernels.grouped_gemm import grouped_gemm_forward, num_sms, shared_bytes
+from moe_gpu.triton_kernels.grouped_gemm_grad import grouped_gemm_grad_act, grouped_gemm_grad_w
+from moe_gpu.triton_kernels.tile_table import choose_tile, device_name
+from moe_gpu.triton_kernels.tuning import GemmConfig, HopperConfig, gather_first
+
+if TYPE_CHECKING:
+    from moe_gpu.triton_kernels.hopper_common import RowTiles
+
+HOPPER_MULTIPLE = 64
+
+
+@functools.cache
+def hopper_unavailable(device: torch.device) -> str | None:
+    """Why the kernels for Hopper cannot run on this device, or None where they can."""
+    if device.type != "cuda":
+        return "they need a GPU of compute capability 9.0"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) != (9, 0):
+        return f"they are for compute capability 9.0, this GPU has {major}.{minor}"
+    try:
+        import moe_gpu.triton_kernels.hopper_grad  # noqa: F401
+    except (ImportError, AttributeError) as error:  # Gluon moves and renames things between releases
+        return f"this Triton's Gluon does not fit: {error}"
+    return None
+
+
+def _stacked(w: torch.Tensor) -> bool:
+    return w.is_contiguous() or w.transpose(-1, -2).is_contiguous()
+
+
+def hopper_unfit(dtype: torch.dtype, rows: tuple[torch.Tensor, ...], weights: tuple[torch.Tensor, ...]) -> str | None:
+    """Why these operands cannot go by the kernels for Hopper, or None: they load and store 16-byte aligned boxes."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"they compute in bfloat16 and float16, not {dtype}"
+    for tensor in (*rows, *weights):
+        for size in tensor.shape[1:]:
+            if size % HOPPER_MULTIPLE:
+                return f"a width of {size} is not a multiple of {HOPPER_MULTIPLE}"
+        if tensor.data_ptr() % 16:
+            return "an operand does not start on 16 bytes"
+    if not all(_stacked(w) for w in weights):
+        return "the weights are strided"
+    if any(tensor.stride(0) % 8 for tensor in rows):
+        return "rows do not start on 16 bytes"
+    return None
+
+
+@dataclass(frozen=True)
+class Products:
+    """The products of one call: which rows, how many SMs, and whether the kernels for Hopper may serve."""
+
+    dtype: torch.dtype
+    device: torch.device
+    offsets_P: torch.Tensor
+    num_rows: int
+    sm_budget: int | None
+    hopper: bool
+
+    @classmethod
+    def of(
+        cls,
+        rows: tuple[torch.Tensor, ...],
+        weights: tuple[torch.Tensor, ...],
+        offsets_P: torch.Tensor,
+        num_rows: int,
+        sm_budget: int | None = None,
+    ) -> Products:
+        """The products of `rows` (2-D tensors) and stacked `weights` (3-D), all of one dtype on one device."""
+        device, dtype = rows[0].device, rows[0].dtype
+        hopper = num_rows > 0 and hopper_unavailable(device) is None and hopper_unfit(dtype, rows, weights) is None
+        return cls(dtype, device, offsets_P, num_rows, sm_budget, hopper)
+
+    @property
+    def num_experts(self) -> int:
+        return self.offsets_P.shape[0] - 1
+
+    def tile(self, kind: str, w_ENK: torch.Tensor | None = None) -> GemmConfig | HopperConfig:
+        """The tile of a product with these weights as it takes them (or gives them, for their gradient).
+
+        Without weights the answer is that for a shape that no table has.
+        """
+        device = self.device
+        return choose_tile(
+            kind,
+            self.dtype,
+            self.num_rows,
+            self.num_experts,
+            None if w_ENK is None else (w_ENK.shape[1], w_ENK.shape[2]),
+            device_name(device),
+            self._programs,
+            shared_bytes(device),
+            self.hopper,
+        ).tile
+
+    @functools.cached_property
+    def _row_tiles(self) -> RowTiles:
+        from moe_gpu.triton_kernels.hopper_common import list_row_tiles
+
+        return list_row_tiles(self.offsets_P, self.num_rows)
+
+    @property
+    def _programs(self) -> int:
+        sms = num_sms(self.device)
+        return sms if self.sm_budget is None else min(sms, self.sm_budget)
+
+    def forward(
+        self, kind: str, a: torch.Tensor, w_ENK: torch.Tensor, **options: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As `grouped_gemm_forward`."""
+        tile = self.tile(kind, w_ENK)
+        if isinstance(tile, HopperConfig):
+            from moe_gpu.triton_kernels.hopper import grouped_gemm_hopper
+
+            return grouped_gemm_hopper(a, w_ENK, self._row_tiles, tile, self._programs, **options)
+        return grouped_gemm_forward(a, w_ENK, self.offsets_P, self.num_rows, tile, sm_budget=self.sm_budget, **options)
+
+    def grad_act(
+        self, grad: torch.Tensor, w_ENK: torch.Tensor, h: torch.Tensor, activation: str, **options: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """As `grouped_gemm_grad_act`."""
+        tile = self.tile("grad_act", w_ENK)
+        if isinstance(tile, HopperConfig):
+            from moe_gpu.triton_kernels.hopper_grad import grouped_gemm_grad_act_hopper
+
+            return grouped_gemm_grad_act_hopper(
+                grad, w_ENK, h, activation, self._row_tiles, tile, self._programs, **options
+            )
+        return grouped_gemm_grad_act(
+            grad, w_ENK, h, activation, self.offsets_P, tile, sm_budget=self.sm_budget, **options
+        )
+
+    def grad_w(
+        self,
+        d: torch.Tensor,
+        a: torch.Tensor,
+        like_ENK: torch.Tensor,
+        *,
+        route_R: torch.Tensor | None = None,
+        top_k: int = 1,
+        gather_d: bool = False,
+    ) -> torch.Tensor:
+        """D^T A per expert, laid out as `like_ENK`; with `route_R`, d (if `gather_d`) or a has a row per token."""
+        tile = self.tile("grad_w" if route_R is None else "grad_w_gather", like_ENK)
+        if isinstance(tile, HopperConfig):
+            from moe_gpu.triton_kernels.hopper_grad import grouped_gemm_grad_w_hopper
+
+            grad_w = torch.empty_like(like_ENK)
+            swap = route_R is not None and not gather_d  # the kernel gathers its first operand
+            first, second = (a, d) if swap else (d, a)
+            by_row = grad_w.is_contiguous()
+            grouped_gemm_grad_w_hopper(
+                first,
+                second,
+                grad_w if by_row else grad_w.transpose(1, 2),
+                self.offsets_P,
+                tile,
+                self._programs,
+                route_R=route_R,
+                top_k=top_k,
+                transposed=swap == by_row,
+            )
+            return grad_w
+        if route_R is not None and gather_first(like_ENK.shape[1], self.num_rows, self.num_experts):
+            rows = permute_forward(d if gather_d else a, route_R, self.offsets_P, top_k)
+            d, a = (rows, a) if gather_d else (d, rows)
+            return self.grad_w(d, a, like_ENK)
+        gather = {} if route_R is None else {"gather_d": gather_d, "gather_a": not gather_d}
+        return grouped_gemm_grad_w(
+            d,
+            a,
+            torch.empty_like(like_ENK),
+            self.offsets_P,
+            tile,
+            route_R=route_R,
+            top_k=top_k,
+            sm_budget=self.sm_budget,
+            **gather,
+        )
