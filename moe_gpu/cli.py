@@ -66,6 +66,11 @@ def each(parse: Callable[[Any], Any]) -> Callable[[list[str] | None], list[Any]]
     return parse_each
 
 
+def _whole(values: Any) -> list[int] | None:
+    """What an option of whole numbers holds once parsed; None for nothing."""
+    return values or None
+
+
 def _count(flag: str, text: str, minimum: int = 1) -> Any:
     return typer.Option(flag, parser=whole_number(minimum), metavar="N", help=text)
 
@@ -78,6 +83,7 @@ _PASSES = ("forward", "backward", "forward+backward")
 _LAUNCHES = ("eager", "graph")
 _DTYPES = ("fp32", "fp16", "bf16")
 _DEVICES = one_of("cpu", "cuda")
+_KINDS = ("up", "down", "grad_act", "grad_x", "grad_w", "grad_w_gather")
 
 OutputDir = Annotated[Path, typer.Option("--output-dir", metavar="DIR", help="Folder for everything written.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, all else on stderr.")]
@@ -152,26 +158,45 @@ def bench(
     ] = None,
     launches: Annotated[list[str] | None, _many("--launch", one_of(*_LAUNCHES), "NAME,...", "eager or graph")] = None,
     iterations: Annotated[int | None, _count("--iterations", "Timed calls of each provider.")] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Run nothing: print which kernel and tile would serve each product.")
+    ] = False,
+    sm_budget: Annotated[int | None, _count("--sm-budget", "SMs to use (with --explain).")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="The small preset, few sizes.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Every preset that fits this device. Takes long.")] = False,
     output_dir: OutputDir = Path("moe-gpu-output"),
     seed: Seed = 0,
-    device: Device = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            "--device", metavar="cpu|cuda", help='Default: the GPU if there is one. --explain takes "NVIDIA H200" too.'
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Time one MoE layer against its peers.
 
     Providers: ours, the plain loop and every installed peer. Each output is checked before it is timed.
     """
-    from moe_gpu.runs import run_bench, timed
+    from moe_gpu.runs import run_bench, run_explain, timed
 
+    sizes = dict(input_dim=input_dim, hidden_dim=hidden_dim, expert_dim=expert_dim, num_experts=experts, top_k=top_k)
+    if explain:
+        with _stdout_for_json(as_json):
+            steps = run_explain(
+                preset=preset, sizes=sizes, tokens=_whole(tokens), dtype=dtype, sm_budget=sm_budget, device=device
+            )
+        if as_json:
+            print("\n".join(json.dumps(step) for step in steps))
+        return
+    if sm_budget is not None:
+        raise typer.BadParameter(f"--sm-budget {sm_budget} needs --explain; leave one out or give both")
+    device = None if device is None else _DEVICES(device)
     with _interruptible("no results were written"), _stdout_for_json(as_json):
         rows = run_bench(
             output_dir,
             preset=preset,
-            sizes=dict(
-                input_dim=input_dim, hidden_dim=hidden_dim, expert_dim=expert_dim, num_experts=experts, top_k=top_k
-            ),
+            sizes=sizes,
             quick=quick,
             full=full,
             routings=routings,
@@ -231,6 +256,48 @@ def report(
         written = write_outputs(results, output_dir)
     if as_json:
         print(json.dumps([str(path) for path in written]))
+
+
+@app.command()
+def tune(
+    presets: Annotated[
+        list[str] | None,
+        _many("--preset", one_of(*PRESETS), "NAME,...", f"Sizes: {', '.join(PRESETS)}; qwen3-30b-a3b by default"),
+    ] = None,
+    tokens: Annotated[
+        list[str] | None,
+        _many("--tokens", whole_number(1), "N,...", "Tokens a call; 8 to 2048 rows an expert by default"),
+    ] = None,
+    kinds: Annotated[list[str] | None, _many("--kind", one_of(*_KINDS), "NAME,...", "Products; all by default")] = None,
+    sm_budgets: Annotated[
+        list[str] | None, _many("--sm-budget", whole_number(1), "N,...", "SMs to use; all by default")
+    ] = None,
+    seconds: Annotated[int, _count("--seconds", "When to stop, about.")] = 600,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", metavar="FILE", help="Also write a row for each candidate here (JSON lines)."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be measured; measure nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure the fastest tile of every product on this GPU.
+
+    They serve from then on: the table is ~/.cache/moe_gpu/tiles, or under the folder in MOE_GPU_CACHE.
+    """
+    from moe_gpu.tune import run_tune
+
+    with _interruptible("what was measured is kept"), _stdout_for_json(as_json):
+        rows = run_tune(
+            presets or ["qwen3-30b-a3b"],
+            tokens=_whole(tokens),
+            kinds=kinds or None,
+            sm_budgets=_whole(sm_budgets),
+            seconds=seconds,
+            output=output,
+            dry_run=dry_run,
+        )
+    if as_json:
+        _print_rows(rows)
 
 
 @app.command()

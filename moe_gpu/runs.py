@@ -7,7 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from moe_gpu.benchmark import MoEBenchmark, run_full_benchmark, run_quick_benchmark
+from moe_gpu.benchmark.problem import parse_dtype
 from moe_gpu.benchmark.suite import choose_device
 from moe_gpu.benchmark.table import print_rows
 from moe_gpu.config import PRESETS, MoEConfig
@@ -64,10 +67,7 @@ def run_bench(
         chosen["trace"] = RoutingTrace.load(trace)
     elif "trace" in chosen.get("routings", ()):
         raise ValueError("--routing trace replays a file; name it with --trace FILE (`moe-gpu demo` records one)")
-    given: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
-    if "input_dim" in given:
-        given.setdefault("expert_dim", given["input_dim"])
-
+    given = _given(sizes)
     if full:
         presets = [preset] if preset else None
         directory = writable_directory(output_dir)
@@ -88,6 +88,46 @@ def run_bench(
     print_rows(rows)
     print(f"results: {directory / RESULTS_FILE}")
     return rows
+
+
+def run_explain(
+    *,
+    preset: str | None = None,
+    sizes: Mapping[str, int | None],
+    tokens: Sequence[int] | None = None,
+    dtype: str | None = None,
+    sm_budget: int | None = None,
+    device: str | None = None,
+) -> list[dict[str, Any]]:
+    """Print which kernel and tile serves each product of a layer, and return it; nothing is run.
+
+    device: `cpu`, `cuda`, or the name of a GPU that need not be present; by default the GPU if there is one.
+    Raises ValueError for a GPU that is not known, or `cuda` where there is none.
+    """
+    from moe_gpu.explain import described_gpu, explain_layer, present_gpu, print_explanations
+    from moe_gpu.triton_kernels.ops import choose_backend
+
+    name, config = _named_config(preset or "small", _given(sizes))
+    torch_dtype = parse_dtype(dtype or "bf16")
+    if device == "cpu" or (device is None and not torch.cuda.is_available()):
+        reason = choose_backend("cpu").reason
+        print(f'every step: plain PyTorch ({reason}); describe a GPU with --device "NVIDIA H200"')
+        return [{"step": "layer", "path": "reference", "why": reason}]
+    gpu = present_gpu() if device in (None, "cuda") else described_gpu(device)
+    steps = []
+    for count in tokens or (4096,):
+        explanations = explain_layer(gpu, config, count, torch_dtype, sm_budget)
+        print_explanations(gpu, f"{name} {dtype or 'bf16'}, T={count}", explanations)
+        steps += [{"device": gpu.name, "model": name, "num_tokens": count, **e.to_dict()} for e in explanations]
+    return steps
+
+
+def _given(sizes: Mapping[str, int | None]) -> dict[str, Any]:
+    """The sizes that are not None; a given input width is the output's too unless that is given."""
+    given: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
+    if "input_dim" in given:
+        given.setdefault("expert_dim", given["input_dim"])
+    return given
 
 
 def _named_config(preset: str, sizes: Mapping[str, Any]) -> tuple[str, MoEConfig]:

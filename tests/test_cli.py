@@ -18,7 +18,7 @@ from moe_gpu.config import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ["README.md", "QUICKSTART.md"]
-COMMANDS = ["demo", "bench", "train", "report", "doctor"]
+COMMANDS = ["demo", "bench", "train", "report", "tune", "doctor"]
 KEPT = "an earlier run's file\n"
 
 
@@ -61,6 +61,15 @@ def refused(capsys, *arguments: str | Path) -> str:
         (["bench", "--provider", "nobody"], ["nobody", "moe_gpu"]),
         (["bench", "--device", "tpu"], ["'tpu'", "cpu, cuda"]),
         (["bench", "--device", "cuda"], ["cuda", "choose cpu"]),
+        (["bench", "--device", "NVIDIA H200"], ["'NVIDIA H200'", "cpu, cuda"]),
+        (["bench", "--sm-budget", "66"], ["--sm-budget 66", "--explain"]),
+        (["bench", "--explain", "--device", "NVIDIA Z9"], ["'NVIDIA Z9'", "NVIDIA H200"]),
+        (["bench", "--explain", "--device", "cuda"], ["needs a GPU", "moe-gpu doctor"]),
+        (["tune"], ["needs a GPU", "moe-gpu doctor"]),
+        (["tune", "--dry-run"], ["needs a GPU", "moe-gpu doctor"]),
+        (["tune", "--kind", "sideways"], ["'sideways'", "grad_w_gather"]),
+        (["tune", "--preset", "gpt-9"], ["'gpt-9'", "qwen3-30b-a3b"]),
+        (["tune", "--seconds", "0"], ["0 is below", "at least 1"]),
         (["bench", "--quick", "--full"], ["--quick", "--full"]),
         (["bench", "--quick", "--preset", "large"], ["--quick", "--preset large"]),
         (["bench", "--output-dir"], ["--output-dir", "requires an argument"]),
@@ -174,7 +183,7 @@ def test_every_command_has_help_and_json(command, capsys):
     assert main([command, "--help"]) == 0
     shown = capsys.readouterr().out
     assert "--json" in shown
-    assert ("--output-dir" in shown) == (command != "doctor")
+    assert ("--output-dir" in shown) == (command not in ("tune", "doctor"))
 
 
 def test_help_names_every_preset(capsys):
@@ -218,6 +227,33 @@ def test_bench_writes_rows_and_prints_them_as_json(here, capsys):
         (provider, tokens, "ok") for provider in ("moe_gpu", "torch_loop") for tokens in (8, 16)
     }
     assert all((row.input_dim, row.expert_dim, row.num_experts) == (16, 16, 4) for row in timed)
+
+
+def test_explain_of_a_described_gpu_runs_nothing_and_says_so(here, capsys, monkeypatch):
+    monkeypatch.setenv("MOE_GPU_CACHE", str(here / "cache"))
+    described = ["bench", "--explain", "--preset", "qwen3-30b-a3b", "--tokens", "64,4096", "--device", "NVIDIA H200"]
+    assert main(described) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("no GPU was used") == 2
+    assert "triton" in shown
+    assert "gluon" in shown
+    assert main([*described, "--json"]) == 0
+    steps = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [step["num_tokens"] for step in steps] == [64] * 9 + [4096] * 9
+    assert [step["step"] for step in steps][:4] == ["route", "up", "down", "combine"]
+    assert steps[-8]["flops"] == 2 * 4096 * 8 * 1536 * 2048
+    assert list(here.iterdir()) == []
+
+
+def test_explain_without_a_gpu_says_that_the_reference_serves(here, capsys):
+    assert main(["bench", "--explain"]) == 0
+    assert "plain PyTorch" in capsys.readouterr().out
+
+
+def test_the_kinds_to_tune_are_the_kernels():
+    from moe_gpu.triton_kernels.tuning import KINDS
+
+    assert cli._KINDS == KINDS
 
 
 def test_train_resumes_and_refuses_a_checkpoint_of_another_shape(here, capsys):
@@ -307,7 +343,7 @@ def test_every_example_in_the_documents_parses(document, line):
 
 def test_there_are_examples_of_every_command():
     shown = {line.split()[1] for _, line in EXAMPLES if line.startswith("moe-gpu")}
-    assert shown == set(COMMANDS)
+    assert shown | {"tune"} == set(COMMANDS)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

@@ -37,9 +37,11 @@ ALLOWED = {
     "report": LEAVES | {"plots"},
     "console": set(),
     "doctor": LAYERS | {"benchmark"},
-    "runs": LAYERS | TOOLS,
+    "explain": LAYERS,
+    "tune": LAYERS | {"benchmark", "console", "explain"},
+    "runs": LAYERS | TOOLS | {"explain"},
     "demo": LAYERS | TOOLS | {"runs"},
-    "cli": LAYERS | TOOLS | {"runs", "doctor", "demo"},
+    "cli": LAYERS | TOOLS | {"runs", "doctor", "demo", "tune"},
     "__main__": {"cli"},
 }
 

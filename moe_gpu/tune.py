@@ -1,0 +1,580 @@
+"""`moe-gpu tune`: time the candidate tiles of every product on this GPU, and keep the fastest in its table.
+
+Candidates compile in parallel into Triton's cache; then each is checked against plain PyTorch in float64 and timed, in
+turn with the others, from a cold L2. Routing is uniform. The tile that serves now stays unless it is beaten by more
+than MARGIN.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import TimeoutError as FuturesTimeoutError
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from moe_gpu.benchmark.check import Comparison
+from moe_gpu.benchmark.timing import Job, Timer, attempt, measure_ceilings, time_interleaved
+from moe_gpu.config import PRESETS, MoEConfig
+from moe_gpu.console import Progress, progress_bar
+from moe_gpu.explain import Gpu, LayerProduct, hopper_reason, layer_products, present_gpu
+from moe_gpu.reference import activate_reference
+from moe_gpu.results import Row, TileRow, describe_machine, percentile, write_rows
+from moe_gpu.triton_kernels.ops import TritonExpertOps
+from moe_gpu.triton_kernels.tile_table import (
+    Cell,
+    Entry,
+    Table,
+    TableError,
+    Tile,
+    cache_path,
+    choose_tile,
+    forget_tables,
+    path_of,
+    read_table,
+    rows_bucket,
+    write_table,
+)
+from moe_gpu.triton_kernels.tuning import KINDS, GemmConfig, HopperConfig, gather_first, half_tiles, operand_bytes
+
+if TYPE_CHECKING:
+    from moe_gpu.triton_kernels.products import Products
+
+MARGIN = 0.01
+DTYPE = torch.bfloat16  # float16 takes the same tiles
+FIRST_SAMPLES, LAST_SAMPLES, FINALISTS = 3, 15, 3
+CHECKED_EXPERTS, CHECKED_ROWS = 4, 256
+# What of --seconds compiling may take.
+COMPILE_SHARE = 0.6
+
+
+@dataclass(frozen=True)
+class Case:
+    """One cell of the table to be measured: a product of a preset at a number of tokens, on so many SMs."""
+
+    preset: str
+    product: LayerProduct
+    tokens: int
+    sms: int
+
+    @property
+    def config(self) -> MoEConfig:
+        return PRESETS[self.preset]
+
+    @property
+    def rows(self) -> int:
+        return self.tokens * self.config.top_k
+
+    @property
+    def cell(self) -> Cell:
+        p = self.product
+        return Cell(p.kind, DTYPE.itemsize * 8, rows_bucket(self.rows, self.config.num_experts), p.n, p.k, self.sms)
+
+    def __str__(self) -> str:
+        return f"{self.preset} {self.product.weights} T={self.tokens} on {self.sms} SMs"
+
+
+def default_tokens(config: MoEConfig) -> list[int]:
+    """Tokens that put 8, 16, ... 2048 rows on an expert."""
+    return [rows * config.num_experts // config.top_k for rows in (8, 16, 32, 64, 128, 256, 512, 1024, 2048)]
+
+
+def plan(
+    gpu: Gpu,
+    presets: Sequence[str],
+    tokens: Sequence[int] | None = None,
+    kinds: Sequence[str] | None = None,
+    sm_budgets: Sequence[int] | None = None,
+) -> list[Case]:
+    """The cells to measure, one a bucket; ValueError for a budget that the GPU has not got."""
+    for budget in sm_budgets or ():
+        if budget > gpu.num_sms:
+            raise ValueError(f"--sm-budget {budget} exceeds the {gpu.num_sms} SMs of {gpu.name}; give fewer")
+    cases: dict[Cell, Case] = {}
+    for preset in presets:
+        c = PRESETS[preset]
+        ordered = replace(layer_products(c)[-2], kind="grad_w")  # the gradient of `up` over rows in order
+        for count, sms in itertools.product(tokens or default_tokens(c), sm_budgets or [gpu.num_sms]):
+            for product in (*layer_products(c), ordered):
+                if product.kind in (kinds or KINDS):
+                    case = Case(preset, product, count, sms)
+                    cases.setdefault(case.cell, case)
+    return list(cases.values())
+
+
+def candidates(kind: str, rows_per_expert: float, shared_bytes: int, gated: bool, hopper: bool) -> list[Tile]:
+    """Tiles worth timing; none that needs more shared memory than there is."""
+    found: list[Tile] = []
+    if hopper:
+        stores = [(4, 64, 2), (4, 128, 1), (3, 64, 2), (3, 128, 2), (3, 256, 1)]
+        if kind == "grad_act":  # its stores have a shape of their own
+            stores = [(4, 64, 2), (3, 64, 2)]
+        found += [
+            HopperConfig(stages, width, slots, group)
+            for (stages, width, slots), group in itertools.product(stores, (8, 16, 4))
+            if not (kind == "up" and gated and width > 128)  # a gated tile stores half its columns
+        ]
+    found += half_tiles(kind, shared_bytes).values()
+    found += _plain_candidates(kind, rows_per_expert)
+    return [tile for tile in dict.fromkeys(found) if operand_bytes(kind, tile, gated) < shared_bytes]
+
+
+def _plain_candidates(kind: str, rows_per_expert: float) -> Iterator[GemmConfig]:
+    if kind.startswith("grad_w"):
+        shapes = [(64, 128, 128, 4), (64, 128, 256, 8)] if rows_per_expert > 96 else [(32, 128, 128, 4)]
+        for (m, n, k, warps), stages in itertools.product(shapes, (2, 3, 4, 5)):
+            yield GemmConfig(m, n, k, warps, stages, 8, 2 if warps == 4 else 1)
+    elif rows_per_expert > 96:
+        shapes = {
+            "up": [(128, 128, 64, 8), (64, 128, 64, 4)],
+            "down": [(128, 256, 64, 8), (128, 128, 64, 4)],
+            "grad_act": [(128, 256, 64, 8), (64, 128, 64, 4)],
+            "grad_x": [(128, 256, 64, 8), (128, 128, 64, 4)],
+        }[kind]
+        for (m, n, k, warps), stages in itertools.product(shapes, (3, 4)):
+            yield GemmConfig(m, n, k, warps, stages, 8, 2 if warps == 4 else 1)
+    else:
+        rows = [16] if rows_per_expert <= 16 else [32, 64] if rows_per_expert <= 40 else [64]
+        for m, n, k, stages in itertools.product(rows, (64, 128), (64, 128), (3, 4)):
+            if n * k < 128 * 128:
+                yield GemmConfig(m, n, k, 4, stages, 8, 2)
+
+
+class Operands:
+    """A layer's tensors at a number of tokens, and its products on them by a given tile."""
+
+    def __init__(self, config: MoEConfig, tokens: int, device: torch.device) -> None:
+        generator = torch.Generator(device).manual_seed(0)
+
+        def normal(*shape: int, std: float = 1.0) -> torch.Tensor:
+            return torch.empty(shape, dtype=DTYPE, device=device).normal_(std=std, generator=generator)
+
+        self.config = c = config
+        self.rows = rows = tokens * c.top_k
+        self.up = normal(c.num_experts, c.up_rows, c.input_dim, std=c.input_dim**-0.5)
+        self.down = normal(c.num_experts, c.expert_dim, c.hidden_dim, std=c.hidden_dim**-0.5)
+        self.x, self.grad_out = normal(tokens, c.input_dim), normal(tokens, c.expert_dim)
+        self.act, self.h, self.grad_h = normal(rows, c.hidden_dim), normal(rows, c.up_rows), normal(rows, c.up_rows)
+        ids = torch.rand(tokens, c.num_experts, device=device, generator=generator).topk(c.top_k, dim=1).indices
+        weights = torch.rand(tokens, c.top_k, device=device, generator=generator) + 0.1
+        self.routing = TritonExpertOps(device).sort_routes(ids, weights, c.num_experts)
+        self.x_rows = self.x.index_select(0, self.routing.row_token_R)
+
+    def products(self, kind: str, tile: Tile, sms: int) -> Products:
+        """The layer's products, of which those of `kind` take `tile`."""
+        from moe_gpu.triton_kernels.products import Products
+
+        @dataclass(frozen=True)
+        class Given(Products):
+            def tile(self, other: str, w_ENK: torch.Tensor | None = None) -> Tile:
+                return tile if other == kind else super().tile(other, w_ENK)
+
+        operands = (self.x, self.grad_out, self.act, self.h, self.grad_h, self.x_rows)
+        return Given.of(operands, (self.up, self.down), self.routing.offsets_P, self.rows, sms)
+
+    def run(self, product: LayerProduct, products: Products) -> dict[str, torch.Tensor]:
+        """A product's results by name: rows, or the gradients of all experts' weights."""
+        c, routing = self.config, self.routing
+        route: dict[str, Any] = {"route_R": routing.row_route_R, "top_k": c.top_k}
+        if product.kind == "up":
+            return {"out": products.forward("up", self.x, self.up, activation=c.activation, **route)[0]}
+        if product.kind == "down":
+            return {"out": products.forward("down", self.act, self.down)[0]}
+        if product.kind == "grad_x":
+            return {"out": products.forward("grad_x", self.grad_h, self.up.transpose(1, 2))[0]}
+        if product.kind == "grad_act":
+            by_route = {"route_R": routing.row_route_R, "route_weight_TK": routing.topk_weights_TK}
+            grad_h, act, partials = products.grad_act(
+                self.grad_out, self.down.transpose(1, 2), self.h, c.activation, **by_route
+            )
+            assert partials is not None  # gathered, so there are some
+            return {"grad_h": grad_h, "act": act, "partials": partials}
+        if product.kind == "grad_w":
+            return {"weights": products.grad_w(self.grad_h, self.x_rows, self.up)}
+        if product.weights == "up":
+            return {"weights": products.grad_w(self.grad_h, self.x, self.up, **route)}
+        return {"weights": products.grad_w(self.grad_out, self.act, self.down, gather_d=True, **route)}
+
+    @functools.cached_property
+    def _checked(self) -> list[tuple[int, int, int]]:
+        """Some experts, the busiest among them, with their first and end row."""
+        bounds = self.routing.offsets_P.tolist()
+        last = len(bounds) - 2
+        busiest = max(range(last + 1), key=lambda e: bounds[e + 1] - bounds[e])
+        spread = {round(last * i / (CHECKED_EXPERTS - 1)) for i in range(CHECKED_EXPERTS)}
+        return [(e, bounds[e], bounds[e + 1]) for e in sorted(spread | {busiest})]
+
+    def checked_rows(self) -> torch.Tensor:
+        """The first and last rows of the checked experts."""
+        return torch.cat([self._ends(first, end) for _, first, end in self._checked])
+
+    def _ends(self, first: int, end: int) -> torch.Tensor:
+        rows = torch.arange(first, end, device=self.x.device)
+        half = CHECKED_ROWS // 2
+        return rows if len(rows) <= CHECKED_ROWS else torch.cat([rows[:half], rows[-half:]])
+
+    def expected(self, product: LayerProduct, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """What `run` should give for the checked rows, or the checked experts' weights, by plain torch in `dtype`."""
+        parts: dict[str, list[torch.Tensor]] = {}
+        for expert, first, end in self._checked:
+            for name, value in self._expected_of(product, expert, first, end, dtype).items():
+                parts.setdefault(name, []).append(value)
+        stacked = "weights" in parts
+        return {name: torch.stack(values) if stacked else torch.cat(values) for name, values in parts.items()}
+
+    def _expected_of(
+        self, product: LayerProduct, expert: int, first: int, end: int, dtype: torch.dtype
+    ) -> dict[str, torch.Tensor]:
+        routing, token = self.routing, self.routing.row_token_R
+        if product.kind.startswith("grad_w"):
+            if product.weights == "up":
+                d, a = self.grad_h[first:end], self.x[token[first:end]]
+            else:
+                d, a = self.grad_out[token[first:end]], self.act[first:end]
+            return {"weights": d.to(dtype).t() @ a.to(dtype)}
+        rows = self._ends(first, end)
+        up, down = self.up[expert].to(dtype), self.down[expert].to(dtype)
+        if product.kind == "up":
+            return {"out": activate_reference(self.x[token[rows]].to(dtype) @ up.t(), self.config.activation)}
+        if product.kind == "down":
+            return {"out": self.act[rows].to(dtype) @ down.t()}
+        if product.kind == "grad_x":
+            return {"out": self.grad_h[rows].to(dtype) @ up}
+        h = self.h[rows].to(dtype).requires_grad_()
+        act = activate_reference(h, self.config.activation)
+        scale = routing.topk_weights_TK.flatten()[routing.row_route_R[rows].long()].to(dtype).unsqueeze(1)
+        grad_act = self.grad_out[token[rows]].to(dtype) @ down
+        (grad_h,) = torch.autograd.grad(act, h, grad_act * scale)
+        act = act.detach()
+        return {"grad_h": grad_h, "act": act * scale, "partials": (grad_act * act).sum(1, keepdim=True)}
+
+    def found(self, results: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The part of `run`'s results that `expected` speaks of."""
+        if "weights" in results:
+            return {"weights": results["weights"][[expert for expert, _, _ in self._checked]]}
+        rows = self.checked_rows()
+        found = {name: value[rows] for name, value in results.items()}
+        if "partials" in found:
+            found["partials"] = found["partials"].sum(1, keepdim=True)
+        return found
+
+
+class WrongTileError(RuntimeError):
+    """A tile gives results that are further from the truth than twice PyTorch's."""
+
+
+def compare(
+    found: dict[str, torch.Tensor], same_dtype: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]
+) -> None:
+    """Raise WrongTileError unless every result is within twice PyTorch's error and one rounding, and zeros are not."""
+    for name, expected in truth.items():
+        scale = expected.abs().amax().item() if expected.numel() else 0.0
+        if scale == 0:
+            continue
+        torch_error = (same_dtype[name].double() - expected).abs().amax().item()
+        error = (found[name].double() - expected).abs().amax().item()
+        result = Comparison(error, 2 * torch_error + torch.finfo(DTYPE).eps * scale, scale)
+        if not (result.right and result.sensitive):
+            raise WrongTileError(f"{name} is wrong: error {error:.3g}, allowed {result.allowed_error:.3g}")
+
+
+class QueuedTimer(Timer):
+    """As Timer, behind enough writes that the host has queued the whole call before it begins: no launch is timed."""
+
+    def __call__(self, job: Job) -> float:
+        assert self._buffer is not None  # a GPU's
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(self.device)
+        for _ in range(8):
+            self._buffer.zero_()
+        start.record()
+        job.run(None)
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+
+def pick(times_ms: dict[Tile, float], incumbents: dict[str, Tile], current: Tile) -> tuple[tuple[Tile, float], ...]:
+    """The tile to serve, then the best of the other path; what serves now stays unless beaten by more than MARGIN.
+
+    incumbents: what serves now by path. current: the one of them that does where both can.
+    """
+
+    def best(tiles: list[Tile], incumbent: Tile | None) -> Tile:
+        fastest = min(tiles, key=times_ms.__getitem__)
+        if incumbent in times_ms and times_ms[fastest] >= (1 - MARGIN) * times_ms[incumbent]:
+            return incumbent
+        return fastest
+
+    if not times_ms:
+        return ()
+    chosen = best(list(times_ms), current)
+    others = [tile for tile in times_ms if path_of(tile) != path_of(chosen)]
+    tiles = [chosen]
+    if others:
+        tiles.append(best(others, incumbents.get(path_of(others[0]))))
+    return tuple((tile, times_ms[tile]) for tile in tiles)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A measured case: a row for each candidate, the tiles to serve, and what served before with its time."""
+
+    case: Case
+    rows: tuple[TileRow, ...]
+    tiles: tuple[tuple[Tile, float], ...]
+    before: Tile
+    before_ms: float | None
+
+
+def _candidates_of(case: Case, gpu: Gpu) -> tuple[list[Tile], dict[str, Tile], Tile]:
+    """The tiles to time, what serves now by path, and what serves now."""
+    c, cell = case.config, case.cell
+    hopper = hopper_reason(gpu, c, DTYPE) is None
+    now = [
+        choose_tile(
+            cell.kind, DTYPE, case.rows, c.num_experts, (cell.n, cell.k), gpu.name, case.sms, gpu.shared_bytes, allowed
+        ).tile
+        for allowed in ([True, False] if hopper else [False])
+    ]
+    incumbents = {path_of(tile): tile for tile in now}
+    gated = c.up_rows == 2 * c.hidden_dim
+    tiles = list(
+        dict.fromkeys([*now, *candidates(cell.kind, case.rows / c.num_experts, gpu.shared_bytes, gated, hopper)])
+    )
+    if cell.kind == "grad_w_gather" and gather_first(cell.n, case.rows, c.num_experts):
+        # The plain path copies the rows into order and takes the tile of `grad_w`: its own does not matter.
+        plain = [tile for tile in tiles if path_of(tile) == "triton"]
+        tiles = [tile for tile in tiles if path_of(tile) != "triton"] + plain[:1]
+    return tiles, incumbents, now[0]
+
+
+def measure(
+    case: Case, operands: Operands, tiles: Sequence[Tile], incumbents: dict[str, Tile], current: Tile, timer: Timer
+) -> Outcome:
+    """Check each candidate, time those that are right, and time the best of each path again with what serves now."""
+    product, rows = case.product, []
+    truth, same = (operands.expected(product, dtype) for dtype in (torch.float64, DTYPE))
+    jobs: dict[Tile, Job] = {}
+    failures: dict[Tile, str] = {}
+
+    def check(products: Products) -> None:
+        compare(operands.found(operands.run(product, products)), same, truth)
+
+    for tile in tiles:
+        products = operands.products(product.kind, tile, case.sms)
+        outcome = attempt(functools.partial(check, products))
+        if outcome.reason is None:
+            jobs[tile] = Job(functools.partial(_run, operands, product, products))
+        else:
+            failures[tile] = outcome.reason
+    times, failed = _medians(jobs, timer, FIRST_SAMPLES)
+    failures |= failed
+    finalists = {tile for tile in (current, *incumbents.values()) if tile in times}
+    for path in {path_of(tile) for tile in times}:
+        ranked = sorted((tile for tile in times if path_of(tile) == path), key=times.__getitem__)
+        finalists |= set(ranked[:FINALISTS])
+    final, failed = _medians({tile: jobs[tile] for tile in times if tile in finalists}, timer, LAST_SAMPLES)
+    failures |= failed
+    times |= final
+    flops = 2 * case.rows * product.n * product.k
+    for tile in tiles:
+        config = asdict(tile)
+        if tile in failures:
+            rows.append(TileRow(product.kind, str(case), config, error=failures[tile]))
+        else:
+            rows.append(TileRow(product.kind, str(case), config, times[tile], flops / times[tile] / 1e9))
+    tiles_kept = pick({tile: ms for tile, ms in final.items() if tile not in failures}, incumbents, current)
+    return Outcome(case, tuple(rows), tiles_kept, current, final.get(current))
+
+
+def _run(operands: Operands, product: LayerProduct, products: Products, _: None) -> None:
+    operands.run(product, products)
+
+
+def _medians(jobs: dict[Tile, Job], timer: Timer, samples: int) -> tuple[dict[Tile, float], dict[Tile, str]]:
+    named = {str(number): tile for number, tile in enumerate(jobs)}
+    counts = dict.fromkeys(named, samples)
+    times, failures = time_interleaved({name: jobs[tile] for name, tile in named.items()}, timer, counts)
+    medians = {named[name]: percentile(values, 0.5) for name, values in times.items()}
+    return medians, {named[name]: reason for name, reason in failures.items()}
+
+
+@functools.lru_cache(maxsize=1)
+def _small_operands(config: MoEConfig, index: int) -> Operands:
+    return Operands(config, 1, torch.device("cuda", index))
+
+
+def _compile(preset: str, product: LayerProduct, tile: Tile, index: int) -> None:
+    """In a process of its own: run a tile on one token, which leaves its kernel in Triton's cache."""
+    operands = _small_operands(PRESETS[preset], index)
+    operands.run(product, operands.products(product.kind, tile, 1))
+
+
+def compile_all(
+    work: Sequence[tuple[Case, Sequence[Tile]]], device: torch.device, seconds: float, progress: Progress
+) -> set[tuple[str, LayerProduct, Tile]]:
+    """Compile every candidate once, in parallel; those that were not reached in time are returned, not compiled."""
+    keys = dict.fromkeys((case.preset, case.product, tile) for case, tiles in work for tile in tiles)
+    largest = max(
+        PRESETS[preset].num_experts * PRESETS[preset].parameters_per_expert * DTYPE.itemsize for preset, _, _ in keys
+    )
+    free, _ = torch.cuda.mem_get_info(device)
+    workers = max(1, min((os.cpu_count() or 2) - 1, len(keys), free // (2 * largest + (1 << 30))))
+    left = set(keys)
+    end = time.monotonic() + seconds
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        futures = {pool.submit(_compile, *key, device.index or 0): key for key in keys}
+        for future in as_completed(futures, timeout=seconds):
+            if not isinstance(future.exception(), BrokenProcessPool):
+                left.discard(futures[future])  # one that failed says why when it is run here
+            progress(len(keys) - len(left), len(keys), "")
+            if time.monotonic() > end:
+                break
+    except FuturesTimeoutError:
+        pass
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+    return left
+
+
+def run_tune(
+    presets: Sequence[str],
+    *,
+    tokens: Sequence[int] | None = None,
+    kinds: Sequence[str] | None = None,
+    sm_budgets: Sequence[int] | None = None,
+    seconds: float = 600.0,
+    output: Path | None = None,
+    dry_run: bool = False,
+) -> list[Row]:
+    """Tune this GPU and print what was found; writes the user's table and, to `output`, a row for each candidate.
+
+    seconds: about when to stop; what was not measured by then is said and keeps its tile. dry_run: only list the
+    cells. Returns the rows. Raises ValueError without a GPU, for a wrong budget, or for a file that cannot be written.
+    """
+    begin = time.monotonic()
+    gpu = present_gpu()
+    assert gpu.device is not None  # present
+    cases = plan(gpu, presets, tokens, kinds, sm_budgets)
+    work = [(case, *_candidates_of(case, gpu)) for case in cases]
+    if dry_run:
+        for case, tiles, _, current in work:
+            cell = case.cell
+            print(f"{cell.kind:13} {case}: {len(tiles)} candidates; now {path_of(current)} {_short(current)}")
+        return []
+    path = cache_path(gpu.name)
+    for target in (path, output):
+        if target is not None:
+            _require_writable(target)
+    with progress_bar("compile") as progress:
+        left = compile_all([(c, t) for c, t, _, _ in work], gpu.device, seconds * COMPILE_SHARE, progress)
+    machine = describe_machine(gpu.device)
+    ceilings = tuple(measure_ceilings(gpu.device, DTYPE))
+    outcomes: list[Outcome] = []
+    try:
+        with progress_bar("time") as progress:
+            for outcome in _measured(work, left, gpu.device, begin + seconds, progress):
+                outcomes.append(outcome)
+    finally:
+        rows: list[Row] = [machine, *ceilings, *(row for outcome in outcomes for row in outcome.rows)]
+        if outcomes:
+            _save(path, gpu.name, machine, ceilings, outcomes)
+            if output is not None:
+                write_rows(output, rows)
+    _print_outcomes(outcomes)
+    if left:
+        print(f"not compiled in time, so not timed: {len(left)} candidates; give more --seconds")
+    if len(outcomes) < len(work):
+        print(f"not measured in time: {len(work) - len(outcomes)} of {len(work)} cells; give more --seconds")
+    print(f"table: {path}" + (f"\nresults: {output}" if output is not None else ""))
+    return rows
+
+
+def _measured(
+    work: Sequence[tuple[Case, list[Tile], dict[str, Tile], Tile]],
+    left: set[tuple[str, LayerProduct, Tile]],
+    device: torch.device,
+    deadline: float,
+    progress: Callable[[int, int, str], None],
+) -> Iterator[Outcome]:
+    """Measure until the deadline; cases of one preset and number of tokens share their tensors."""
+    by_size = sorted(work, key=lambda item: (item[0].preset, item[0].tokens))
+    operands, made_for = None, None
+    timer = QueuedTimer(device)
+    for number, (case, tiles, incumbents, current) in enumerate(by_size):
+        if time.monotonic() > deadline:
+            return
+        if made_for != (case.preset, case.tokens):
+            operands = None  # before the next are made
+            torch.cuda.empty_cache()
+            made = attempt(functools.partial(Operands, case.config, case.tokens, device))
+            operands, made_for = made.value, (case.preset, case.tokens)
+        progress(number, len(by_size), f"{case.product.kind} {case}")
+        if operands is not None:
+            compiled = [tile for tile in tiles if (case.preset, case.product, tile) not in left]
+            yield measure(case, operands, compiled, incumbents, current, timer)
+    progress(len(by_size), len(by_size), "")
+
+
+def _require_writable(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror}; choose another file or MOE_GPU_CACHE") from error
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"cannot write {path}: its folder is read-only; choose another file or MOE_GPU_CACHE")
+
+
+def _save(path: Path, name: str, machine: Any, ceilings: tuple[Any, ...], outcomes: Sequence[Outcome]) -> None:
+    entries = [Entry(outcome.case.cell, outcome.tiles) for outcome in outcomes if outcome.tiles]
+    try:
+        old = read_table(path, name)
+    except (TableError, OSError):
+        old = Table((), ())  # none, or one that the warning has already named
+    write_table(path, old.merged(machine, entries, ceilings))
+    forget_tables()
+
+
+def _short(tile: Tile) -> str:
+    return "x".join(str(value) for value in asdict(tile).values())
+
+
+def _print_outcomes(outcomes: Sequence[Outcome]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table as Grid
+
+    grid = Grid(title="tuned", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("product", "case", "path", "tile"):
+        grid.add_column(name)
+    for name in ("ms", "TFLOP/s", "before ms"):
+        grid.add_column(name, justify="right", no_wrap=True)
+    console = Console()
+    wrong = []
+    for outcome in outcomes:
+        case = outcome.case
+        wrong += [(case, row) for row in outcome.rows if row.error and row.error.startswith("WrongTileError")]
+        if not outcome.tiles:
+            grid.add_row(case.product.kind, str(case), "none could run", "", "-", "-", "-")
+            continue
+        tile, ms = outcome.tiles[0]
+        rate = 2 * case.rows * case.product.n * case.product.k / ms / 1e9
+        before = "-" if outcome.before_ms is None else f"{outcome.before_ms:.4f}"
+        mark = "" if tile == outcome.before else " (new)"
+        grid.add_row(
+            case.product.kind, str(case), path_of(tile), _short(tile) + mark, f"{ms:.4f}", f"{rate:.0f}", before
+        )
+    console.print(grid)
+    for case, row in wrong:
+        console.print(f"never chosen: {row.kernel} {case} {row.config}: {row.error}", markup=False, soft_wrap=True)
