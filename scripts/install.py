@@ -21,6 +21,9 @@ GPU_TORCH = "torch>=2.11"
 NUMPY = "numpy<2.4"
 # CUDA builds of PyTorch bring the Triton they were built for, CPU builds bring none.
 TRITON = "triton==3.6.0"
+# The newest release when last looked: the ahead-of-time tests compile with it too, from a folder of its own.
+NEWEST_TRITON = "triton==3.9.0"
+NEWEST_TRITON_FOLDER = "newest-triton"
 
 
 def fail(message):
@@ -74,6 +77,16 @@ def main():
     missing = sys.platform == "linux" and subprocess.run([pip[0], "-c", find_triton]).returncode
     # NumPy again, so that nothing moves it past the limit.
     run_pip([*pip, NUMPY, *([TRITON] if missing else []), "--editable", f"{root}[{arguments.extras}]"])
+    if sys.platform == "linux" and "dev" in arguments.extras.split(","):
+        install_newest_triton(pip, arguments.venv / NEWEST_TRITON_FOLDER)
+
+
+def install_newest_triton(pip, folder):
+    """Beside the Triton in use, for the tests alone, which say when it is not there."""
+    if list(folder.glob(NEWEST_TRITON.replace("==", "-") + "*.dist-info")):
+        return
+    if subprocess.run([*pip, "--no-deps", "--upgrade", "--target", str(folder), NEWEST_TRITON]).returncode:
+        print(f"{NEWEST_TRITON} could not be installed: the ahead-of-time tests will leave it out", flush=True)
 
 
 def run_pip(command):

@@ -50,10 +50,41 @@ def test_triton_is_added_where_pytorch_brings_none(has_triton, added, install, m
     monkeypatch.setattr(install.sys, "platform", "linux")
     monkeypatch.setattr(install.sys, "argv", ["install.py", "--venv", str(tmp_path), "--extras", "dev"])
     install.main()
-    torch_first, _, project = commands
+    torch_first, _, project, newest = commands
     assert any(word.startswith("torch") for word in torch_first)
     last = project[project.index("numpy<2.4") :]
     assert last == ["numpy<2.4", *added, "--editable", f"{ROOT}[dev]"]
+    assert newest[-3:] == ["--target", str(tmp_path / install.NEWEST_TRITON_FOLDER), install.NEWEST_TRITON]
+
+
+def test_a_newest_triton_that_cannot_be_had_fails_nothing(install, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(install.subprocess, "run", lambda command: subprocess.CompletedProcess(command, 1))
+    install.install_newest_triton(["pip"], tmp_path)
+    assert "could not be installed" in capsys.readouterr().out
+
+
+def test_a_newest_triton_that_is_there_is_kept(install, monkeypatch, tmp_path):
+    (tmp_path / (install.NEWEST_TRITON.replace("==", "-") + ".dist-info")).mkdir()
+    monkeypatch.setattr(install.subprocess, "run", lambda command: pytest.fail("installed again"))
+    install.install_newest_triton(["pip"], tmp_path)
+
+
+def test_the_newest_triton_is_found_where_it_is_installed(install, run_tests):
+    assert Path(sys.prefix) / install.NEWEST_TRITON_FOLDER == run_tests.NEWEST_TRITON
+
+
+def test_tests_run_with_the_newest_triton_or_say_that_it_is_missing(run_tests, monkeypatch, tmp_path, capfd):
+    (tmp_path / "test_cases.py").write_text(
+        "import os, triton\ndef test_newest(): assert triton.NEWEST and os.environ['MOE_GPU_OTHER_TRITON'] == '1'\n"
+    )
+    arguments = [str(tmp_path / "test_cases.py"), f"--rootdir={tmp_path}"]
+    monkeypatch.setattr(run_tests, "NEWEST_TRITON", tmp_path / "newest")
+    tally = run_tests.run_with_newest_triton("cases", arguments, {})
+    assert (tally.passed, tally.skipped) == (0, 1)
+    (tmp_path / "newest" / "triton").mkdir(parents=True)
+    (tmp_path / "newest" / "triton" / "__init__.py").write_text("NEWEST = True\n")
+    tally = run_tests.run_with_newest_triton("cases", arguments, {})
+    assert (tally.passed, tally.failed, tally.skipped) == (1, 0, 0)
 
 
 def test_a_python_without_ensurepip_is_told_the_remedy(install, monkeypatch, tmp_path):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
-import triton
+import json
+from dataclasses import astuple
+from pathlib import Path
 
-from moe_gpu.triton_kernels import expert_mlp, grouped_gemm, grouped_gemm_grad, routing, routing_grad, tuning
+import pytest
+
+from moe_gpu.triton_kernels import expert_mlp, grouped_gemm, grouped_gemm_grad, tile_table, tuning
+from moe_gpu.triton_kernels.tuning import GemmConfig
 from tests.aot.compiling import Compiled, compile_for
 
 SHARED_LIMIT = {80: tuning.AMPERE_SHARED_BYTES, 89: tuning.SMALL_SHARED_BYTES, 90: tuning.HOPPER_SHARED_BYTES}
@@ -14,13 +18,12 @@ UP_STRIDES = tuple(f"{which}_stride_{axis}" for which in ("up", "down") for axis
 ALIGNED = ("N", "K", "H", "I", "O", *STRIDES, *UP_STRIDES)
 POINTERS = {
     "*bf16": ("a_ptr", "w_ptr", "out_ptr", "h_ptr", "grad_h_ptr", "act_ptr", "d_ptr", "grad_w_ptr", "x_ptr", "up_ptr"),
-    "*i32": ("route_ptr", "offsets_ptr", "ids_ptr", "row_route_ptr", "row_of_route_ptr", "demand_ptr"),
-    "*fp32": ("route_weight_ptr", "grad_weight_ptr", "partial_ptr", "weights_ptr", "grad_weights_ptr"),
+    "*i32": ("route_ptr", "offsets_ptr"),
+    "*fp32": ("route_weight_ptr", "grad_weight_ptr", "partial_ptr"),
 }
 TYPES = {name: kind for kind, names in POINTERS.items() for name in names}
-TYPES |= {"down_ptr": "*bf16", "logits_ptr": "*bf16", "grad_logits_ptr": "*bf16", "block_counts_ptr": "*i32"}
-TYPES |= dict.fromkeys((*ALIGNED, "E", "R", "T", "capacity", "num_routes", "num_blocks", "logits_stride"), "i32")
-TYPES["scale"] = "fp32"
+TYPES |= {"down_ptr": "*bf16"}
+TYPES |= dict.fromkeys((*ALIGNED, "E", "R"), "i32")
 
 
 def build(kernel, arch: int, constants: dict, **options: int) -> Compiled:
@@ -37,6 +40,19 @@ def check(compiled: Compiled, arch: int, wgmma: bool) -> None:
     assert compiled.num_async_copies > 0 or compiled.num_tma > 0
 
 
+def shipped_tiles():
+    """The plain tiles of the tables that ship, with the kind that each serves, once each."""
+    found = set()
+    for path in (Path(tile_table.__file__).parent / "tiles").glob("*.json"):
+        device = json.loads(path.read_text())["machines"][0]["device"]
+        table = tile_table.read_table(path, device)
+        arch = int(table.machines[-1].compute_capability.replace(".", ""))
+        for entry in table.entries:
+            found |= {(arch, entry.cell.kind, tile) for tile, _ in entry.tiles if isinstance(tile, GemmConfig)}
+    for arch, kind, tile in sorted(found, key=str):
+        yield pytest.param(arch, kind, tile, id=f"sm_{arch}-{kind}-{'x'.join(map(str, astuple(tile)))}")
+
+
 def gemm_tiles():
     for arch in SHARED_LIMIT:
         for kind in tuning.KINDS:
@@ -44,7 +60,7 @@ def gemm_tiles():
                 yield pytest.param(arch, kind, config, id=f"sm_{arch}-{kind}-up to {limit} rows")
 
 
-@pytest.mark.parametrize(("arch", "kind", "config"), list(gemm_tiles()))
+@pytest.mark.parametrize(("arch", "kind", "config"), [*gemm_tiles(), *shipped_tiles()])
 def test_gemm_tile(arch, kind, config):
     by_column = kind in ("grad_act", "grad_x")
     constants = {
@@ -104,41 +120,3 @@ def test_fused_mlp_tile(arch, rows):
     }
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     check(build(expert_mlp._expert_mlp_kernel, arch, constants, **options), arch, wgmma=False)
-
-
-@pytest.mark.parametrize(("num_experts", "top_k"), [(8, 2), (128, 8), (256, 8), (512, 10)])
-@pytest.mark.parametrize("num_tokens", [16, 4096])
-@pytest.mark.parametrize("arch", SHARED_LIMIT)
-def test_routing_kernels(arch, num_tokens, num_experts, top_k):
-    blocks = routing._Blocks.choose(num_tokens, num_experts, top_k)
-    deepseek = num_experts == 256
-    constants = {
-        "TOP_K": top_k,
-        "BLOCK_K": triton.next_power_of_2(top_k),
-        "BLOCK_T": blocks.tokens,
-        "BLOCK_E": blocks.experts,
-        "BLOCK_P": blocks.bins,
-        "ROUTES": blocks.routes,
-        "BLOCK_ROUTES": blocks.tokens * top_k,
-        "BINS": 16,
-        "CHUNK": 128,
-        "N_GROUP": 8 if deepseek else 1,
-        "TOPK_GROUP": 4 if deepseek else 1,
-        "SIGMOID": deepseek,
-        "BY_LOGIT": False,
-        "OVER_CHOSEN": not deepseek,
-        "NORM": True,
-        "HAS_BIAS": False,
-        "bias_ptr": None,
-        "HAS_LOGITS": True,
-        "SINGLE": blocks.single,
-    }
-    built = [build(routing._route_kernel, arch, constants, num_warps=blocks.num_warps(constants["N_GROUP"]))]
-    if not blocks.single:
-        built.append(build(routing._prefix_kernel, arch, constants))
-        built.append(build(routing._place_kernel, arch, constants))
-    constants |= {"BLOCK_T": max(1, min(32, 4096 // blocks.experts))}
-    built.append(build(routing_grad._router_bwd_kernel, arch, constants))
-    for compiled in built:
-        assert compiled.spills == 0
-        assert compiled.shared_bytes <= SHARED_LIMIT[arch]
