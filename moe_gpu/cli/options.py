@@ -1,0 +1,111 @@
+"""What the commands share: parsers, options of one meaning everywhere, and how output and Ctrl-C behave."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from moe_gpu.results import Row
+
+
+def whole_number(minimum: int) -> Callable[[Any], int]:
+    """A parser of whole numbers of at least `minimum`."""
+
+    def parse(value: Any) -> int:
+        try:
+            number = int(value)
+        except ValueError:
+            raise typer.BadParameter(f"{value!r} is not a whole number; give one of at least {minimum}") from None
+        if number < minimum:
+            raise typer.BadParameter(f"{number} is below the limit; give a whole number of at least {minimum}")
+        return number
+
+    return parse
+
+
+def one_of(*choices: str) -> Callable[[Any], str]:
+    """A parser of one word out of `choices`."""
+
+    def parse(value: Any) -> str:
+        if value not in choices:
+            raise typer.BadParameter(f"{value!r} is not one of {', '.join(choices)}; give one of these")
+        return value
+
+    return parse
+
+
+def each(parse: Callable[[Any], Any]) -> Callable[[list[str] | None], list[Any]]:
+    """A callback for an option that may be repeated and may hold several values divided by commas."""
+
+    def parse_each(values: list[str] | None) -> list[Any]:
+        return [parse(part.strip()) for value in values or [] for part in value.split(",")]
+
+    return parse_each
+
+
+def whole(values: Any) -> list[int] | None:
+    """What an option of whole numbers holds once parsed; None for nothing."""
+    return values or None
+
+
+def count(flag: str, text: str, minimum: int = 1) -> Any:
+    return typer.Option(flag, parser=whole_number(minimum), metavar="N", help=text)
+
+
+def many(flag: str, parse: Callable[[Any], Any], metavar: str, text: str) -> Any:
+    return typer.Option(flag, callback=each(parse), metavar=metavar, help=f"{text} (repeat, or divide by commas)")
+
+
+PASSES = ("forward", "backward", "forward+backward")
+LAUNCHES = ("eager", "graph")
+DTYPES = ("fp32", "fp16", "bf16")
+DEVICES = one_of("cpu", "cuda")
+KINDS = ("up", "down", "grad_act", "grad_x", "grad_w", "grad_w_gather")
+
+OutputDir = Annotated[Path, typer.Option("--output-dir", metavar="DIR", help="Folder for everything written.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, all else on stderr.")]
+Seed = Annotated[int, count("--seed", "Seed of weights, data order and routing.", 0)]
+Device = Annotated[
+    str | None, typer.Option("--device", parser=DEVICES, metavar="cpu|cuda", help="Default: the GPU if there is one.")
+]
+Data = Annotated[
+    list[Path] | None,
+    typer.Option("--data", metavar="FILE", help="Text to train on (repeat). Default: prose that ships with Python."),
+]
+Experts = Annotated[int | None, count("--experts", "Experts.")]
+TopK = Annotated[int | None, count("--top-k", "Experts that each token visits.")]
+
+
+def print_rows(rows: Sequence[Row]) -> None:
+    from moe_gpu.results import to_json
+
+    for row in rows:
+        print(to_json(row))
+
+
+@contextmanager
+def interruptible(kept: str) -> Iterator[None]:
+    """Ctrl-C ends the command with status 130 and one line: what the library kept, or else `kept`."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        print(f"moe-gpu: {str(stop) or f'interrupted; {kept}'}", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+@contextmanager
+def stdout_for_json(as_json: bool) -> Iterator[None]:
+    """With --json, tables and remarks go to stderr, so that stdout holds JSON and nothing else."""
+    stdout = sys.stdout
+    if as_json:
+        sys.stdout = sys.stderr
+    try:
+        yield
+    finally:
+        sys.stdout = stdout
