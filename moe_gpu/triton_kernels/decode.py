@@ -15,7 +15,7 @@ import triton.language as tl
 
 from moe_gpu.config import ACTIVATIONS
 from moe_gpu.triton_kernels.grouped_gemm import apply_function, row_contiguous, shared_bytes
-from moe_gpu.triton_kernels.launch import pdl_options, wait_for_previous
+from moe_gpu.triton_kernels.launch import launch, pdl_options, wait_for_previous
 from moe_gpu.triton_kernels.tuning import HOPPER_SHARED_BYTES, cdiv, next_power_of_2
 
 MIN_CAPABILITY = (9, 0)
@@ -270,7 +270,9 @@ def decode_forward(
         return y
     row_tiles = min(num_rows, cdiv(num_rows, config.block_m) + min(num_experts, num_rows))
     shared = dict(BLOCK_E=next_power_of_2(num_experts), BLOCK_M=config.block_m, **pdl_options(x_TH.device))
-    _decode_up_kernel[(cdiv(hidden_dim, up.block_n), row_tiles)](
+    launch(
+        _decode_up_kernel,
+        (cdiv(hidden_dim, up.block_n), row_tiles),
         x_TH,
         row_route_R,
         offsets_P,
@@ -294,7 +296,9 @@ def decode_forward(
         num_stages=up.num_stages,
         **shared,
     )
-    _decode_down_kernel[(cdiv(output_dim, down.block_n), row_tiles)](
+    launch(
+        _decode_down_kernel,
+        (cdiv(output_dim, down.block_n), row_tiles),
         a,
         offsets_P,
         down_EOI,

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from moe_gpu.config import ACTIVATIONS
 from moe_gpu.triton_kernels.grouped_gemm import _accumulate, _tile_ends, _tile_rows, apply_function, dot_precision
+from moe_gpu.triton_kernels.launch import launch
 from moe_gpu.triton_kernels.tuning import MlpConfig, cdiv, next_power_of_2
 
 
@@ -127,7 +128,9 @@ def expert_mlp_forward(
     if num_rows == 0:
         return partial
     row_tiles = cdiv(num_rows, config.block_m) + min(num_experts, num_rows)
-    _expert_mlp_kernel[(row_tiles, slices)](
+    launch(
+        _expert_mlp_kernel,
+        (row_tiles, slices),
         x_TH,
         row_route_R,
         up_EGH,

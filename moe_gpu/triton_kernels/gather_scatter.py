@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from moe_gpu.triton_kernels.launch import pdl_options, wait_for_previous
+from moe_gpu.triton_kernels.launch import launch, pdl_options, wait_for_previous
 from moe_gpu.triton_kernels.tuning import cdiv, next_power_of_2
 
 
@@ -199,7 +199,9 @@ def combine_forward(
     vector = 16 // y.element_size()
     parts = min(16, next_power_of_2(top_k * splits))
     block = _combine_block(columns, num_tokens, vector)
-    _combine_kernel[(num_tokens, cdiv(columns, block))](
+    launch(
+        _combine_kernel,
+        (num_tokens, cdiv(columns, block)),
         y,
         row_of_route_TK,
         None if weight_TK is None else weight_TK.contiguous(),
@@ -232,7 +234,9 @@ def permute_forward(
     if num_rows == 0:
         return out
     block = _block(columns)
-    _permute_kernel[(num_rows, cdiv(columns, block))](
+    launch(
+        _permute_kernel,
+        (num_rows, cdiv(columns, block)),
         x_TH,
         row_route_R,
         None if weight_TK is None else weight_TK.contiguous(),
@@ -263,7 +267,9 @@ def weight_gradient(
         return grad
     if grad_out_TO.stride(-1) != 1:
         grad_out_TO = grad_out_TO.contiguous()
-    _weight_grad_kernel[(cdiv(num_routes, 64),)](
+    launch(
+        _weight_grad_kernel,
+        (cdiv(num_routes, 64),),
         partials,
         row_of_route_TK,
         ids_TK,
@@ -290,7 +296,9 @@ def route_dot(y_RO: torch.Tensor, grad_out_TO: torch.Tensor, row_of_route_TK: to
         grad_out_TO = grad_out_TO.contiguous()
     out = torch.empty(row_of_route_TK.shape, dtype=torch.float32, device=y_RO.device)
     if out.numel():
-        _route_dot_kernel[(out.numel(),)](
+        launch(
+            _route_dot_kernel,
+            (out.numel(),),
             y_RO,
             grad_out_TO,
             row_of_route_TK,
@@ -318,7 +326,9 @@ def grad_bias(
     num_experts, columns = bias_EN.shape
     out = torch.empty(num_experts, columns, dtype=bias_EN.dtype, device=bias_EN.device)
     block_n = 64
-    _grad_bias_kernel[(num_experts, cdiv(columns, block_n))](
+    launch(
+        _grad_bias_kernel,
+        (num_experts, cdiv(columns, block_n)),
         d,
         route_R,
         route_weight_TK,

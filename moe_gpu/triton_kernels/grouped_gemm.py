@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from moe_gpu.config import ACTIVATIONS
+from moe_gpu.triton_kernels.launch import launch
 from moe_gpu.triton_kernels.tuning import HOPPER_SHARED_BYTES, GemmConfig, cdiv, next_power_of_2
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
@@ -328,7 +329,9 @@ def grouped_gemm_forward(
     if num_rows == 0:
         return out, h
     programs = num_programs(a.device, config, tile_bound(num_rows, num_experts, columns, config), sm_budget)
-    _grouped_gemm_fwd_kernel[(programs,)](
+    launch(
+        _grouped_gemm_fwd_kernel,
+        (programs,),
         a,
         route_R,
         w_ENK,

@@ -27,6 +27,7 @@ from moe_gpu.triton_kernels.grouped_gemm import (
     row_contiguous,
     tile_bound,
 )
+from moe_gpu.triton_kernels.launch import launch
 from moe_gpu.triton_kernels.tuning import GemmConfig, cdiv, next_power_of_2
 
 
@@ -368,7 +369,9 @@ def grouped_gemm_grad_act(
     if num_rows == 0:
         return grad_h, act, partials
     programs = num_programs(h.device, config, tile_bound(num_rows, num_experts, columns, config), sm_budget)
-    _grouped_gemm_grad_act_kernel[(programs,)](
+    launch(
+        _grouped_gemm_grad_act_kernel,
+        (programs,),
         grad,
         route_R,
         route_weight_TK,
@@ -418,7 +421,9 @@ def grouped_gemm_grad_w(
     d, a = row_contiguous(d), row_contiguous(a)
     num_experts, columns, depth = grad_w_ENK.shape
     tiles = num_experts * cdiv(columns, config.block_n) * cdiv(depth, config.block_k)
-    _grouped_gemm_grad_w_kernel[(num_programs(d.device, config, tiles, sm_budget),)](
+    launch(
+        _grouped_gemm_grad_w_kernel,
+        (num_programs(d.device, config, tiles, sm_budget),),
         d,
         a,
         route_R,

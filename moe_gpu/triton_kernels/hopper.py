@@ -32,6 +32,7 @@ from moe_gpu.triton_kernels.hopper_common import (
     stacked_weights,
     tma_load,
 )
+from moe_gpu.triton_kernels.launch import launch
 from moe_gpu.triton_kernels.tuning import HopperConfig
 
 
@@ -326,7 +327,9 @@ def grouped_gemm_hopper(
     out = new(num_rows, columns, dtype=a.dtype, device=a.device)
     h = torch.empty(num_rows, w_rows, dtype=a.dtype, device=a.device) if save_h else None
     w_desc, by_k = stacked_weights(w_ENK, config.width if gated else TILE_N)
-    _grouped_gemm_hopper_kernel[(programs,)](
+    launch(
+        _grouped_gemm_hopper_kernel,
+        (programs,),
         a if gather else matrix(a, 64, TILE_K),
         route_R,
         w_desc,

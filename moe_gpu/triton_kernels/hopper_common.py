@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -29,7 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from moe_gpu.triton_kernels.grouped_gemm import apply_function
-from moe_gpu.triton_kernels.launch import pdl_options, wait_for_previous
+from moe_gpu.triton_kernels.launch import launch, pdl_options, wait_for_previous
 from moe_gpu.triton_kernels.tuning import cdiv, next_power_of_2
 
 # Triton 3.8 renamed these copies.
@@ -215,7 +216,9 @@ def list_row_tiles(offsets_P: torch.Tensor, num_rows: int) -> RowTiles:
     num_experts = offsets_P.shape[0] - 1
     capacity = cdiv(num_rows, TILE_M) + min(num_experts, num_rows)
     tiles = torch.empty(1 + 3 * capacity, dtype=torch.int32, device=offsets_P.device)
-    _list_tiles_kernel[(cdiv(capacity, 64),)](
+    launch(
+        _list_tiles_kernel,
+        (cdiv(capacity, 64),),
         offsets_P,
         tiles,
         num_experts,
@@ -229,14 +232,24 @@ def list_row_tiles(offsets_P: torch.Tensor, num_rows: int) -> RowTiles:
 
 
 @functools.cache
-def shared_layout(dtype: torch.dtype, *block: int) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout.get_default_for(list(block), gl.float16 if dtype == torch.float16 else gl.bfloat16)
+def _box(dtype: torch.dtype, *block: int) -> dict[str, Any]:
+    """What all descriptors of one box have in common, from one that has checked itself."""
+    layout = gl.NVMMASharedLayout.get_default_for(list(block), gl.float16 if dtype == torch.float16 else gl.bfloat16)
+    rank = len(block)
+    sample = TensorDescriptor(torch.empty(8, dtype=dtype), [1] * rank, [8] * (rank - 1) + [1], list(block), layout)
+    return vars(sample)
+
+
+def _describe(tensor: torch.Tensor, shape: list[int], strides: list[int], *block: int) -> TensorDescriptor:
+    """A descriptor without its own checks, which cost as much as a launch: products.py has asked `hopper_unfit`."""
+    descriptor = object.__new__(TensorDescriptor)
+    descriptor.__dict__ = {**_box(tensor.dtype, *block), "base": tensor, "shape": shape, "strides": strides}
+    return descriptor
 
 
 def matrix(tensor: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
     """A descriptor of a 2-D tensor in boxes of (rows, columns); outside it loads give zeros."""
-    layout = shared_layout(tensor.dtype, rows, columns)
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [rows, columns], layout)
+    return _describe(tensor, list(tensor.shape), list(tensor.stride()), rows, columns)
 
 
 def ragged(tensor: torch.Tensor, columns: int = 64, rows: int = 64) -> TensorDescriptor:
@@ -248,9 +261,7 @@ def ragged(tensor: torch.Tensor, columns: int = 64, rows: int = 64) -> TensorDes
     stride = tensor.stride(0)
     most = 0x7FFF0000
     shape = [most, most, 1 << 30, tensor.shape[1]]
-    strides = [(1 << 34) - stride, stride, stride, 1]
-    block = [1, 1, rows, columns]
-    return TensorDescriptor(tensor, shape, strides, block, shared_layout(tensor.dtype, *block))
+    return _describe(tensor, shape, [(1 << 34) - stride, stride, stride, 1], 1, 1, rows, columns)
 
 
 def stacked_weights(w_ENK: torch.Tensor, box: int) -> tuple[TensorDescriptor, bool]:

@@ -34,6 +34,7 @@ from moe_gpu.triton_kernels.hopper_common import (
     tma_load,
     tma_store,
 )
+from moe_gpu.triton_kernels.launch import launch
 from moe_gpu.triton_kernels.tuning import HopperConfig, cdiv
 
 
@@ -471,7 +472,9 @@ def grouped_gemm_grad_act_hopper(
     if gather:
         partials = torch.empty(num_rows, cdiv(columns, TILE_N), dtype=torch.float32, device=h.device)
     w_desc, by_k = stacked_weights(w_ENK, TILE_N)
-    _grouped_gemm_grad_act_hopper_kernel[(programs,)](
+    launch(
+        _grouped_gemm_grad_act_hopper_kernel,
+        (programs,),
         grad if gather else matrix(grad, 64, TILE_K),
         route_R,
         route_weight_TK,
@@ -522,7 +525,9 @@ def grouped_gemm_grad_w_hopper(
     """
     num_experts, columns, depth = grad_w_ENK.shape
     gather = route_R is not None
-    _grouped_gemm_grad_w_hopper_kernel[(programs,)](
+    launch(
+        _grouped_gemm_grad_w_hopper_kernel,
+        (programs,),
         d if gather else ragged(d, 64, TILE_K),
         ragged(a, TILE_N, TILE_K),
         route_R,

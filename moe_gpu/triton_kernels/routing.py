@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from moe_gpu.config import RouterConfig
-from moe_gpu.triton_kernels.launch import pdl_options, wait_for_previous
+from moe_gpu.triton_kernels.launch import launch, pdl_options, wait_for_previous
 from moe_gpu.triton_kernels.tuning import cdiv, next_power_of_2
 
 SINGLE_LAUNCH_TOKENS = 64
@@ -527,7 +527,9 @@ def _launch(
     limit = num_routes if capacity is None else min(capacity, num_routes)
     pdl = pdl_options(device, pays=num_tokens <= PDL_MAX_TOKENS)
     shared = {"BLOCK_E": blocks.experts, "ROUTES": blocks.routes, "CAPPED": limit < num_routes, **pdl}
-    _choose_kernel[(blocks.count,)](
+    launch(
+        _choose_kernel,
+        (blocks.count,),
         logits_TE,
         bias_E,
         ids_TK,
@@ -560,7 +562,9 @@ def _launch(
         **shared,
     )
     if not blocks.single:
-        _place_kernel[(blocks.count,)](
+        launch(
+            _place_kernel,
+            (blocks.count,),
             ids_TK,
             counts,
             row_of_route_TK,

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from moe_gpu.config import RouterConfig
+from moe_gpu.triton_kernels.launch import launch
 from moe_gpu.triton_kernels.routing import router_flags
 from moe_gpu.triton_kernels.tuning import cdiv, next_power_of_2
 
@@ -85,7 +86,9 @@ def route_backward(
         logits_TE = logits_TE.contiguous()
     block_e = next_power_of_2(num_experts)
     block_t = max(1, min(32, 4096 // block_e))
-    _router_bwd_kernel[(cdiv(num_tokens, block_t),)](
+    launch(
+        _router_bwd_kernel,
+        (cdiv(num_tokens, block_t),),
         logits_TE,
         ids_TK,
         weights_TK,

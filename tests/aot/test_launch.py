@@ -1,0 +1,140 @@
+"""Launches that share a compiled kernel are ones for which Triton would compile the same; others never share one."""
+
+from __future__ import annotations
+
+import itertools
+from unittest import mock
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from triton.compiler import CompiledKernel
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.runtime import driver
+
+from moe_gpu.triton_kernels import launch as launching
+from moe_gpu.triton_kernels.hopper_common import matrix, ragged
+from tests.aot.compiling import _NoGpu
+
+
+@triton.jit(do_not_specialize=["plain"])
+def _kernel(a_ptr, b_ptr, size, plain, scale, WIDTH: tl.constexpr, FLAG: tl.constexpr):
+    pass
+
+
+MEMORY = torch.zeros(64, dtype=torch.int64)
+TENSORS = [
+    MEMORY.view(torch.float32),
+    MEMORY.view(torch.float32)[1:],
+    MEMORY.view(torch.float32)[4:],
+    MEMORY.view(torch.bfloat16),
+    None,
+]
+INTEGERS = [0, 1, 2, 15, 16, 17, -16, 2**31 - 1, 2**31, -(2**31) - 1, 2**40, 2**40 + 1]
+DESCRIPTORS = [
+    matrix(torch.zeros(64, 64, dtype=torch.bfloat16), 64, 64),
+    matrix(torch.zeros(128, 64, dtype=torch.bfloat16), 64, 64),
+    matrix(torch.zeros(64, 64, dtype=torch.float16), 64, 64),
+    matrix(torch.zeros(64, 64, dtype=torch.bfloat16), 32, 64),
+    ragged(torch.zeros(64, 64, dtype=torch.bfloat16)),
+]
+FIRST = (TENSORS[0], None, 5, 5, 1.0)
+
+
+def calls():
+    """Arguments that differ in one place, and options that do."""
+    for place, values in enumerate((TENSORS + DESCRIPTORS, TENSORS, INTEGERS, INTEGERS, [1.0, 2.5])):
+        for value in values:
+            yield (*FIRST[:place], value, *FIRST[place + 1 :]), {"WIDTH": 8, "FLAG": False, "num_warps": 4}
+    for width, flag, warps in itertools.product((8, 16), (False, True), (4, 8)):
+        yield FIRST, {"WIDTH": width, "FLAG": flag, "num_warps": warps}
+    yield FIRST, {"WIDTH": 4, "FLAG": False, "num_warps": 8}
+
+
+def test_a_key_is_at_least_as_fine_as_what_triton_compiles_for():
+    with mock.patch.object(driver, "_active", _NoGpu(90)):
+        binder = _kernel.device_caches[90][-1]
+        compiled_for: dict[object, str] = {}
+        for arguments, options in calls():
+            _, specialization, rest = binder(*arguments, **options)
+            constants = {name: options[name] for name in ("WIDTH", "FLAG")}
+            found = f"{specialization} {rest} {constants}"
+            key = launching._key_of(_kernel, arguments, options)
+            assert key is not None
+            assert compiled_for.setdefault(key, found) == found
+    assert len(compiled_for) > 25
+
+
+def test_other_devices_kernels_and_unknown_arguments_do_not_share():
+    with mock.patch.object(driver, "_active", _NoGpu(90)):
+        here = launching._key_of(_kernel, FIRST, {})
+        assert launching._key_of(object(), FIRST, {}) != here
+        assert launching._key_of(_kernel, (*FIRST, (1, 2)), {}) is None
+    with mock.patch.object(driver, "_active", _NoGpu(80)):
+        assert launching._key_of(_kernel, FIRST, {}) != here
+
+
+class _Compiled(CompiledKernel):
+    def __init__(self, calls: list) -> None:
+        self.calls = calls
+
+    def __getitem__(self, grid):
+        return lambda *arguments: self.calls.append((grid, arguments))
+
+
+class _Kernel:
+    """Stands for a kernel: compiles at every call, and says what it was called with."""
+
+    arg_names = ("x", "n", "WIDTH", "FLAG")
+
+    def __init__(self) -> None:
+        self.compiled: list = []
+        self.direct: list = []
+
+    def __getitem__(self, grid):
+        def call(*arguments, **options):
+            self.compiled.append((grid, arguments, options))
+            return _Compiled(self.direct)
+
+        return call
+
+
+@pytest.fixture
+def kernel():
+    with mock.patch.object(driver, "_active", _NoGpu(90)), mock.patch.dict(launching._COMPILED, clear=True):
+        yield _Kernel()
+
+
+def test_the_second_launch_calls_what_the_first_compiled(kernel):
+    x, other = torch.zeros(4), torch.ones(4)
+    launching.launch(kernel, (3,), x, 5, FLAG=True, WIDTH=8, num_warps=4)
+    launching.launch(kernel, (7, 2), other, 6, FLAG=True, WIDTH=8, num_warps=4)
+    assert kernel.compiled == [((3,), (x, 5), {"FLAG": True, "WIDTH": 8, "num_warps": 4})]
+    ((grid, arguments),) = kernel.direct
+    assert grid == (7, 2, 1)
+    assert arguments[0] is other
+    assert arguments[1:] == (6, 8, True)  # constants in the kernel's order, launch options left out
+
+
+def test_another_specialisation_compiles_anew(kernel):
+    x = torch.zeros(8)
+    for tensor, n, width in ((x, 5, 8), (x[1:], 5, 8), (x, 16, 8), (x, 5, 16), (x.double(), 5, 8)):
+        launching.launch(kernel, (1,), tensor, n, FLAG=True, WIDTH=width)
+    assert len(kernel.compiled) == 5
+    assert not kernel.direct
+
+
+def test_what_is_not_compiled_is_called_every_time(kernel):
+    with mock.patch.object(_Kernel, "__getitem__", lambda self, grid: lambda *a, **k: self.compiled.append(a)):
+        for _ in range(2):
+            launching.launch(kernel, (1,), torch.zeros(4), 5, FLAG=True, WIDTH=8)
+    assert len(kernel.compiled) == 2
+
+
+def test_descriptors_made_without_checks_equal_checked_ones():
+    tensor = torch.zeros(128, 64, dtype=torch.float16)
+    fast = matrix(tensor, 64, 64)
+    checked = TensorDescriptor(tensor, [128, 64], [64, 1], [64, 64], fast.layout)
+    assert vars(fast).keys() == vars(checked).keys()
+    assert all(vars(fast)[name] is value or vars(fast)[name] == value for name, value in vars(checked).items())
