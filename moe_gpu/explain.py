@@ -22,6 +22,7 @@ from moe_gpu.triton_kernels.tuning import (
     gather_first,
     operand_bytes,
     shared_bytes_of,
+    tile_beside_bias,
 )
 
 # Name -> compute capability and SMs, for GPUs that have no table of tiles to tell them.
@@ -165,6 +166,8 @@ def explain_layer(
             kind = "grad_w"
             choice = choose(kind, n, k)
             choice = replace(choice, reason=f"after a copy of the gathered rows into order; {choice.reason}")
+        if c.bias and kind in ("up", "down") and choice.tile != tile_beside_bias(kind, choice.tile):
+            choice = Choice(tile_beside_bias(kind, choice.tile), "heuristic (the table's would spill beside a bias)")
         flops = 2 * rows * n * k
         num_bytes = element * sum(_tensors(kind, product.weights, c, num_tokens, active))
         explanations.append(

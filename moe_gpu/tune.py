@@ -118,11 +118,18 @@ def candidates(kind: str, rows_per_expert: float, shared_bytes: int, gated: bool
         stores = [(4, 64, 2), (4, 128, 1), (3, 64, 2), (3, 128, 2), (3, 256, 1)]
         if kind == "grad_act":  # its stores have a shape of their own
             stores = [(4, 64, 2), (3, 64, 2)]
-        found += [
+        plain = [
             HopperConfig(stages, width, slots, group)
             for (stages, width, slots), group in itertools.product(stores, (8, 16, 4))
-            if not (kind == "up" and gated and width > 128)  # a gated tile stores half its columns
         ]
+        if kind in ("up", "down", "grad_x") and rows_per_expert > 64:
+            plain += [HopperConfig(*store, claimed=True) for store in stores]
+            plain += [
+                HopperConfig(3, width, slots, group, rows=192, claimed=True)
+                for (width, slots), group in itertools.product([(64, 2), (64, 3), (128, 1)], (8, 16, 4))
+            ]
+        # A store as wide as another's would be the same tile twice.
+        found += [tile for tile in plain if tile.width == tile.store_width(kind == "up" and gated)]
     found += half_tiles(kind, shared_bytes).values()
     found += _plain_candidates(kind, rows_per_expert)
     return [tile for tile in dict.fromkeys(found) if operand_bytes(kind, tile, gated) < shared_bytes]

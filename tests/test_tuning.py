@@ -26,6 +26,7 @@ from moe_gpu.triton_kernels.tuning import (
     HopperConfig,
     gemm_config,
     operand_bytes,
+    tile_beside_bias,
 )
 
 H200 = "NVIDIA H200"
@@ -109,6 +110,35 @@ def test_the_nearest_shape_and_then_the_nearest_budget_serve(cache):
     assert choose(shape=(2880, 2048), sms=66).tile == tiles[2]
 
 
+def test_a_tall_claimed_tile_is_kept_and_gives_way_to_a_bias(cache):
+    tall = HopperConfig(3, rows=192, claimed=True)
+    tile_table.write_table(cache, table_of(Entry(CELL, ((tall, 0.25),))))
+    assert choose().tile == tall
+    assert tile_beside_bias("up", tall) == gemm_config("up", torch.bfloat16, 256, 1, hopper=True)
+    assert tile_beside_bias("up", GLUON) == GLUON
+    assert tile_beside_bias("up", PLAIN) == PLAIN
+    config = PRESETS["qwen3-30b-a3b"]
+    up, biased = (
+        explain_layer(described_gpu(H200), c, 4096, torch.bfloat16)[1] for c in (config, config.with_(bias=True))
+    )
+    assert (up.tile["rows"], biased.tile["rows"]) == (192, 128)
+    assert "bias" in biased.why
+
+
+@pytest.mark.parametrize(
+    ("tile", "gated", "width"),
+    [
+        (HopperConfig(3, width=256), False, 256),
+        (HopperConfig(3, width=256), True, 128),
+        (HopperConfig(3, width=256, rows=192), False, 128),
+        (HopperConfig(3, width=128, rows=192), True, 64),
+        (HopperConfig(3, width=64, rows=192), True, 64),
+    ],
+)
+def test_a_store_is_no_wider_than_what_a_tile_ends_with(tile, gated, width):
+    assert tile.store_width(gated) == width
+
+
 def test_an_entry_of_gluon_alone_does_not_serve_where_gluon_cannot(cache):
     tile_table.write_table(cache, table_of(Entry(CELL, ((GLUON, 0.25),))))
     assert choose(hopper=False).tile == by_rule(hopper=False)
@@ -149,6 +179,10 @@ def damaged(what: str, whole: dict) -> str:
     elif what == "block of 48":
         entry["tiles"][0] = {"path": "triton", "block_m": 48, "block_n": 64, "block_k": 64, "num_warps": 4}
         entry["tiles"][0] |= {"num_stages": 3, "time_ms": 1.0}
+    elif what == "rows of 160":
+        entry["tiles"][0]["rows"] = 160
+    elif what == "claimed in words":
+        entry["tiles"][0]["claimed"] = "yes"
     elif what == "no time":
         entry["tiles"][0]["time_ms"] = None
     elif what == "size of nought":
@@ -169,6 +203,8 @@ DAMAGES = (
     "unknown field",
     "unknown path",
     "block of 48",
+    "rows of 160",
+    "claimed in words",
     "no time",
     "size of nought",
     "tiles of text",

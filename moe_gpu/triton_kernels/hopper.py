@@ -1,7 +1,8 @@
 """The grouped product for Hopper: what `grouped_gemm.py` computes, warp-specialised; `hopper_common.py` says how.
 
-A tile is 128 rows by 256 columns, 64 rows a consumer. Gated weights lie in a stage as boxes of gate columns, each
-followed by its up columns, so that a pair meets in one thread.
+A tile is 128 rows by 256 columns, 64 rows a consumer; or 192 rows, the last 64 shared by columns, which reads a fifth
+less from the L2 for the same work and needs fewer tiles of few rows. Gated weights lie in a stage as boxes of gate
+columns, each followed by its up columns, so that a pair meets in one thread.
 """
 
 from __future__ import annotations
@@ -14,16 +15,23 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from moe_gpu.config import ACTIVATIONS
 from moe_gpu.triton_kernels.hopper_common import (
+    GRANULE,
+    LIST_HEAD,
     TILE_K,
+    TILE_M,
     TILE_N,
     RowTiles,
     activate,
+    claim_tile,
+    claimed_tile,
     copy_load,
     group_options,
     halves,
     matrix,
     multiply,
+    multiply_three,
     new_barriers,
+    new_queue,
     pass_over,
     piece_layout,
     place_of,
@@ -109,6 +117,9 @@ def rows_producer(
     b_stages,
     full,
     empty,
+    queue,
+    published,
+    taken,
     capacity,
     num_rows,
     N,
@@ -123,6 +134,8 @@ def rows_producer(
     WIDE: gl.constexpr,
     GATED: gl.constexpr,
     B_BY_K: gl.constexpr,
+    GRANULES: gl.constexpr,
+    CLAIMED: gl.constexpr,
 ):
     """Brings the stages: rows of A by TMA or gathered by cp.async, B by TMA, gate and up in turns if gated."""
     COLUMNS: gl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
@@ -130,12 +143,20 @@ def rows_producer(
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (BLOCK_K // 8), BLOCK_K // 8], [gl.num_warps(), 1], [1, 0])
     num_m = gl.load(tiles_ptr)
     num_n = gl.cdiv(N, COLUMNS)
+    total = num_m * num_n
     step = 0
-    for tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
+    turn = 0
+    tile = gl.program_id(0)
+    while tile < total:
+        if CLAIMED:
+            following = claim_tile(tiles_ptr, total, queue, published, taken, turn)
+        else:
+            following = tile + gl.num_programs(0)
+        turn += 1
         tile_m, tile_n = place_of(tile, num_m, num_n, GROUP_M)
-        expert = gl.load(tiles_ptr + 1 + tile_m)
-        row = gl.load(tiles_ptr + 1 + capacity + tile_m)
-        rows = gl.load(tiles_ptr + 1 + 2 * capacity + tile_m)
+        expert = gl.load(tiles_ptr + LIST_HEAD + tile_m)
+        row = gl.load(tiles_ptr + LIST_HEAD + capacity + tile_m)
+        rows = gl.load(tiles_ptr + LIST_HEAD + 2 * capacity + tile_m)
         first = tile_n * COLUMNS
         if B_BY_K:
             w_row = expert * (2 * N if GATED else N)
@@ -146,6 +167,8 @@ def rows_producer(
             k = gl.expand_dims(gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, layout)), 0)
             source0 = _token_offsets(route_ptr, m, num_rows, a_stride, TOP_K, WIDE) + k
             source1 = _token_offsets(route_ptr, m + 64, num_rows, a_stride, TOP_K, WIDE) + k
+            if GRANULES == 3:
+                source2 = _token_offsets(route_ptr, m + 128, num_rows, a_stride, TOP_K, WIDE) + k
         for start in range(0, K, BLOCK_K):
             stage = step % STAGES
             bar = full.index(stage)
@@ -153,12 +176,16 @@ def rows_producer(
             if GATHER:
                 mbarrier.expect(bar, BLOCK_N * BLOCK_K * 2)
             else:
-                if rows > 64:
+                if GRANULES == 3 and rows > 128:
+                    mbarrier.expect(bar, (BLOCK_N + 192) * BLOCK_K * 2)
+                    tma_load(a, [row + 64, start], bar, a_stages.index(GRANULES * stage + 1))
+                    tma_load(a, [row + 128, start], bar, a_stages.index(GRANULES * stage + GRANULES - 1))
+                elif rows > 64:
                     mbarrier.expect(bar, (BLOCK_N + 128) * BLOCK_K * 2)
-                    tma_load(a, [row + 64, start], bar, a_stages.index(2 * stage + 1))
+                    tma_load(a, [row + 64, start], bar, a_stages.index(GRANULES * stage + 1))
                 else:
                     mbarrier.expect(bar, (BLOCK_N + 64) * BLOCK_K * 2)
-                tma_load(a, [row, start], bar, a_stages.index(2 * stage))
+                tma_load(a, [row, start], bar, a_stages.index(GRANULES * stage))
             for box in gl.static_range(BLOCK_N // BOX):
                 # Gated: a box of gate columns, then the box of up columns that go with them.
                 at = first + (box // 2 * BOX + box % 2 * N if GATED else box * BOX)
@@ -167,11 +194,15 @@ def rows_producer(
                 else:
                     tma_load(w_desc, [w_row + start, at], bar, b_stages.index(stage).slice(box * BOX, BOX, dim=1))
             if GATHER:
-                copy_load(a_stages.index(2 * stage), a + start + source0)
+                copy_load(a_stages.index(GRANULES * stage), a + start + source0)
                 if rows > 64:
-                    copy_load(a_stages.index(2 * stage + 1), a + start + source1)
+                    copy_load(a_stages.index(GRANULES * stage + 1), a + start + source1)
+                if GRANULES == 3:
+                    if rows > 128:
+                        copy_load(a_stages.index(GRANULES * stage + 2), a + start + source2)
                 async_copy.mbarrier_arrive(bar, increment_count=False)  # each thread's, once its copies have landed
             step += 1
+        tile = following
 
 
 @gluon.jit
@@ -195,6 +226,9 @@ def _rows_consumer(
     slots,
     full,
     empty,
+    queue,
+    published,
+    taken,
     capacity,
     N,
     K,
@@ -209,25 +243,43 @@ def _rows_consumer(
     SAVE_H: gl.constexpr,
     B_BY_K: gl.constexpr,
     SLOTS: gl.constexpr,
+    GRANULES: gl.constexpr,
+    CLAIMED: gl.constexpr,
     PART: gl.constexpr,
 ):
-    """Multiplies and finishes half PART of the rows of each tile."""
+    """Multiplies and finishes granule PART of each tile, and half PART of the columns of the third."""
     COLUMNS: gl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
     num_m = gl.load(tiles_ptr)
     num_n = gl.cdiv(N, COLUMNS)
     depth = gl.cdiv(K, BLOCK_K)
+    # Stores of half the third granule, which goes first: its sums make room.
+    PIECES: gl.constexpr = COLUMNS // 2 // slots.shape[2] * (1 + SAVE_H * (2 if GATED else 1))
     step = 0
-    for tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
+    turn = 0
+    tile = gl.program_id(0)
+    while tile < num_m * num_n:
         tile_m, tile_n = place_of(tile, num_m, num_n, GROUP_M)
-        row = gl.load(tiles_ptr + 1 + capacity + tile_m)
-        rows = gl.load(tiles_ptr + 1 + 2 * capacity + tile_m)
+        row = gl.load(tiles_ptr + LIST_HEAD + capacity + tile_m)
+        rows = gl.load(tiles_ptr + LIST_HEAD + 2 * capacity + tile_m)
         column = tile_n * COLUMNS
         bias = bias_ptr
         if HAS_BIAS:
-            bias = bias_ptr + gl.load(tiles_ptr + 1 + tile_m) * (2 * N if GATED else N)
-        if rows > 64 * PART:
+            bias = bias_ptr + gl.load(tiles_ptr + LIST_HEAD + tile_m) * (2 * N if GATED else N)
+        if GRANULES == 3 and rows > 128:
+            acc, third, step = multiply_three(
+                a_stages, b_stages, full, empty, step, depth, PART, BLOCK_N, STAGES, B_BY_K, GATHER
+            )
+            _emit(
+                out_desc, h_desc, h2_desc, bias, slots, third, row + 128, column + PART * (COLUMNS // 2), rows - 128,
+                N, 0, FUNCTION, GATED, HAS_BIAS, SAVE_H, SLOTS,
+            )  # fmt: skip
+            _emit(
+                out_desc, h_desc, h2_desc, bias, slots, acc, row + 64 * PART, column, 64,
+                N, PIECES, FUNCTION, GATED, HAS_BIAS, SAVE_H, SLOTS,
+            )  # fmt: skip
+        elif rows > 64 * PART:
             acc, step = multiply(
-                a_stages, b_stages, full, empty, step, depth, PART, BLOCK_N, STAGES, True, B_BY_K, GATHER
+                a_stages, b_stages, full, empty, step, depth, PART, BLOCK_N, STAGES, True, B_BY_K, GATHER, GRANULES
             )
             _emit(
                 out_desc, h_desc, h2_desc, bias, slots, acc, row + 64 * PART, column, gl.minimum(rows - 64 * PART, 64),
@@ -235,6 +287,11 @@ def _rows_consumer(
             )  # fmt: skip
         else:
             step = pass_over(full, empty, step, depth, STAGES)
+        if CLAIMED:
+            tile = claimed_tile(queue, published, taken, turn)
+        else:
+            tile += gl.num_programs(0)
+        turn += 1
     tma.store_wait(0)
 
 
@@ -266,6 +323,8 @@ def _grouped_gemm_hopper_kernel(
     STAGES: gl.constexpr,
     SLOTS: gl.constexpr,
     GROUP_M: gl.constexpr,
+    GRANULES: gl.constexpr,
+    CLAIMED: gl.constexpr,
     PRODUCER_WARPS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
@@ -273,29 +332,33 @@ def _grouped_gemm_hopper_kernel(
     """out = f(A W^T + bias) per expert, as `_grouped_gemm_fwd_kernel`."""
     dtype: gl.constexpr = w_desc.dtype
     slot_layout: gl.constexpr = piece_layout(out_desc.block_shape[3], dtype)
-    a_stages = gl.allocate_shared_memory(dtype, [2 * STAGES, 64, BLOCK_K], piece_layout(BLOCK_K, dtype))
+    a_stages = gl.allocate_shared_memory(dtype, [GRANULES * STAGES, 64, BLOCK_K], piece_layout(BLOCK_K, dtype))
     b_shape: gl.constexpr = [STAGES, BLOCK_N, BLOCK_K] if B_BY_K else [STAGES, BLOCK_K, BLOCK_N]
     b_stages = gl.allocate_shared_memory(dtype, b_shape, w_desc.layout)
     slots0 = gl.allocate_shared_memory(dtype, [SLOTS, 64, out_desc.block_shape[3]], slot_layout)
     slots1 = gl.allocate_shared_memory(dtype, [SLOTS, 64, out_desc.block_shape[3]], slot_layout)
     full = new_barriers(STAGES, 1 + 32 * PRODUCER_WARPS if GATHER else 1)
     empty = new_barriers(STAGES, 2)
+    queue, published, taken = new_queue(CLAIMED, full)
     fence_async_shared()
     gl.warp_specialize(
         [
             (_rows_consumer, (
-                out_desc, h_desc, h2_desc, bias_ptr, tiles_ptr, a_stages, b_stages, slots0, full, empty, capacity, N, K,
+                out_desc, h_desc, h2_desc, bias_ptr, tiles_ptr, a_stages, b_stages, slots0, full, empty,
+                queue, published, taken, capacity, N, K,
                 BLOCK_N, BLOCK_K, STAGES, GROUP_M, GATHER, FUNCTION, GATED, HAS_BIAS, SAVE_H, B_BY_K,
-                SLOTS, 0,
+                SLOTS, GRANULES, CLAIMED, 0,
             )),
             (_rows_consumer, (
-                out_desc, h_desc, h2_desc, bias_ptr, tiles_ptr, a_stages, b_stages, slots1, full, empty, capacity, N, K,
+                out_desc, h_desc, h2_desc, bias_ptr, tiles_ptr, a_stages, b_stages, slots1, full, empty,
+                queue, published, taken, capacity, N, K,
                 BLOCK_N, BLOCK_K, STAGES, GROUP_M, GATHER, FUNCTION, GATED, HAS_BIAS, SAVE_H, B_BY_K,
-                SLOTS, 1,
+                SLOTS, GRANULES, CLAIMED, 1,
             )),
             (rows_producer, (
-                a, route_ptr, w_desc, tiles_ptr, a_stages, b_stages, full, empty, capacity, num_rows, N, K, a_stride,
-                BLOCK_N, BLOCK_K, STAGES, GROUP_M, TOP_K, GATHER, WIDE, GATED, B_BY_K,
+                a, route_ptr, w_desc, tiles_ptr, a_stages, b_stages, full, empty, queue, published, taken,
+                capacity, num_rows, N, K, a_stride,
+                BLOCK_N, BLOCK_K, STAGES, GROUP_M, TOP_K, GATHER, WIDE, GATED, B_BY_K, GRANULES, CLAIMED,
             )),
         ],
         [4, PRODUCER_WARPS],
@@ -326,7 +389,8 @@ def grouped_gemm_hopper(
     new = torch.zeros if zero_tail else torch.empty
     out = new(num_rows, columns, dtype=a.dtype, device=a.device)
     h = torch.empty(num_rows, w_rows, dtype=a.dtype, device=a.device) if save_h else None
-    w_desc, by_k = stacked_weights(w_ENK, config.width if gated else TILE_N)
+    width = config.store_width(gated)
+    w_desc, by_k = stacked_weights(w_ENK, width if gated else TILE_N)
     launch(
         _grouped_gemm_hopper_kernel,
         (programs,),
@@ -334,9 +398,9 @@ def grouped_gemm_hopper(
         route_R,
         w_desc,
         None if bias_EN is None else bias_EN.contiguous(),
-        ragged(out, config.width),
-        None if h is None else ragged(h[:, :columns], config.width),
-        ragged(h[:, columns:], config.width) if h is not None and gated else None,
+        ragged(out, width),
+        None if h is None else ragged(h[:, :columns], width),
+        ragged(h[:, columns:], width) if h is not None and gated else None,
         row_tiles.tiles,
         row_tiles.capacity,
         num_rows,
@@ -356,7 +420,9 @@ def grouped_gemm_hopper(
         STAGES=config.stages,
         SLOTS=config.slots,
         GROUP_M=config.group_m,
+        GRANULES=config.rows // GRANULE,
+        CLAIMED=config.claimed,
         num_warps=4,
-        **group_options(gather),
+        **group_options(gather, 216 if config.rows == TILE_M else 224),
     )
     return out, h

@@ -3,8 +3,9 @@
 Three groups of warps share a program: a producer brings tiles into a ring of shared-memory stages (weights and rows in
 order by TMA, gathered rows by cp.async), and two consumers of one warpgroup each multiply their share of a tile on
 wgmma and run their own epilogues, so that one's epilogue overlaps the other's products. Row tiles never straddle
-experts: a list of them is built on the device. Descriptors are "ragged" where rows end inside a tile: a leading
-dimension wraps the address round 2^64, so that the hardware itself clips loads and stores at the expert's last row.
+experts: a list of them is built on the device, in granules of 64 rows. Programs take tiles in turn or, as tiles differ
+in cost, claim them from a counter. Descriptors are "ragged" where rows end inside a tile: a leading dimension wraps the
+address round 2^64, so that the hardware itself clips loads and stores at the expert's last row.
 """
 
 from __future__ import annotations
@@ -38,41 +39,79 @@ tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 copy_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
-TILE_M, TILE_N, TILE_K = 128, 256, 64
+GRANULE, TILE_M, TILE_N, TILE_K = 64, 128, 256, 64
+LIST_HEAD = gl.constexpr(2)  # before the list of row tiles: how many there are, and a counter of claims
 RAGGED_END = gl.constexpr(1 << 30)  # where a ragged dimension ends
 
 
 @triton.jit(do_not_specialize=["capacity"])
 def _list_tiles_kernel(
     offsets_ptr,  # (P,) int32
-    tiles_ptr,  # (1 + 3 * capacity,) int32: how many, then expert, first row and rows of each
+    tiles_ptr,  # (2 + 3 * capacity,) int32: how many, claims so far, then expert, first row and rows of each
     E,
     capacity,
-    TILE_ROWS: tl.constexpr,
+    GRANULES: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One program BLOCK entries of the list of row tiles; program 0 also writes how many there are."""
+    """One program BLOCK entries of the list of row tiles; program 0 also writes its head.
+
+    Tiles have GRANULES of 64 rows. Where an expert's do not come out even, the last tile has the rest, or, of three
+    granules, the last two have two each: a tile of one granule reads as many weights as one of three.
+    """
     wait_for_previous(PDL)
     e = tl.arange(0, BLOCK_E)
     start = tl.load(offsets_ptr + e, mask=e < E, other=0)
     end = tl.load(offsets_ptr + e + 1, mask=e < E, other=0)
-    tiles = tl.cdiv(end - start, TILE_ROWS)
+    granules = tl.cdiv(end - start, 64)
+    tiles = tl.cdiv(granules, GRANULES)
     ends = tl.cumsum(tiles, 0)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     expert = tl.sum((ends[None, :] <= i[:, None]).to(tl.int32), 1)
     before = tl.sum(tl.where(e[None, :] < expert[:, None], tiles[None, :], 0), 1)
     inside = i < tl.max(ends, 0)
     expert = tl.minimum(expert, E - 1)
-    row = tl.load(offsets_ptr + expert) + (i - before) * TILE_ROWS
-    rows = tl.minimum(tl.load(offsets_ptr + expert + 1) - row, TILE_ROWS)
-    entry = tiles_ptr + 1 + i
+    first = tl.load(offsets_ptr + expert)
+    last = tl.load(offsets_ptr + expert + 1)
+    granule = (i - before) * GRANULES
+    size = GRANULES
+    if GRANULES == 3:
+        count = tl.cdiv(last - first, 64)
+        full = tl.maximum(count - 2 * tl.cdiv(count, 3), 0)  # tiles of three; two granules each are left for the others
+        granule -= tl.maximum(i - before - full, 0)
+        size = tl.where(i - before < full, 3, 2)
+    row = first + granule * 64
+    entry = tiles_ptr + 2 + i
     tl.store(entry, expert, mask=inside)
     tl.store(entry + capacity, row, mask=inside)
-    tl.store(entry + 2 * capacity, rows, mask=inside)
+    tl.store(entry + 2 * capacity, tl.minimum(last - row, size * 64), mask=inside)
     if tl.program_id(0) == 0:
         tl.store(tiles_ptr, tl.max(ends, 0))
+        tl.store(tiles_ptr + 1, 0)
+
+
+@gluon.jit
+def claim_tile(tiles_ptr, total, queue, published, taken, turn):
+    """The producer's next tile, from the counter, told to the consumers; the last claim leaves the counter at 0."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    claims = gl.atomic_add(tiles_ptr + 1, 1, sem="relaxed")
+    gl.store(tiles_ptr + 1, 0, mask=claims == total - 1)  # every tile makes one claim
+    tile = gl.num_programs(0) + claims
+    mbarrier.wait(taken.index(turn % 2), ((turn // 2) & 1) ^ 1)
+    queue.index(turn % 2).store(gl.full([1], tile, gl.int32, layout=layout))
+    mbarrier.arrive(published.index(turn % 2), count=1)
+    return tile
+
+
+@gluon.jit
+def claimed_tile(queue, published, taken, turn):
+    """The tile that the producer claimed in its turn, for a consumer."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    mbarrier.wait(published.index(turn % 2), (turn // 2) & 1)
+    tile = gl.max(queue.index(turn % 2).load(layout), 0)
+    mbarrier.arrive(taken.index(turn % 2), count=1)
+    return tile
 
 
 @gluon.jit
@@ -154,8 +193,9 @@ def multiply(
     A_BY_K: gl.constexpr,
     B_BY_K: gl.constexpr,
     FENCE: gl.constexpr,
+    GRANULES: gl.constexpr = 2,
 ):
-    """64 x BLOCK_N of A B over `depth` stages from number `step`: half PART of A's rows, as it lies or transposed.
+    """64 x BLOCK_N of A B over `depth` stages from number `step`: granule PART of A's rows, as it lies or transposed.
 
     A consumer frees a stage when its products are done; the other's keep the tensor cores busy meanwhile.
     """
@@ -165,7 +205,7 @@ def multiply(
         mbarrier.wait(full.index(stage), (step // STAGES) & 1)
         if FENCE:  # cp.async writes through the generic proxy, wgmma reads through the asynchronous one
             fence_async_shared()
-        a = a_stages.index(2 * stage + PART)
+        a = a_stages.index(GRANULES * stage + PART)
         b = b_stages.index(stage)
         if not A_BY_K:
             a = a.permute([1, 0])
@@ -176,6 +216,45 @@ def multiply(
         mbarrier.arrive(empty.index(stage), count=1)
         step += 1
     return warpgroup_mma_wait(num_outstanding=0, deps=(acc,)), step
+
+
+@gluon.jit
+def multiply_three(
+    a_stages,
+    b_stages,
+    full,
+    empty,
+    step,
+    depth,
+    PART: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+    B_BY_K: gl.constexpr,
+    FENCE: gl.constexpr,
+):
+    """As `multiply`, of three granules: 64 x BLOCK_N of granule PART, and half PART of the columns of the third."""
+    HALF: gl.constexpr = BLOCK_N // 2
+    acc = new_accumulator(BLOCK_N)
+    third = new_accumulator(HALF)
+    for _ in range(0, depth):
+        stage = step % STAGES
+        mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+        if FENCE:
+            fence_async_shared()
+        b = b_stages.index(stage)
+        half = b.slice(PART * HALF, HALF, dim=0 if B_BY_K else 1)
+        if B_BY_K:
+            b = b.permute([1, 0])
+            half = half.permute([1, 0])
+        acc = warpgroup_mma(a_stages.index(3 * stage + PART), b, acc, is_async=True)
+        third = warpgroup_mma(a_stages.index(3 * stage + 2), half, third, is_async=True)
+        acc, third = warpgroup_mma_wait(num_outstanding=0, deps=(acc, third))
+        acc = warpgroup_mma_init(acc)
+        third = warpgroup_mma_init(third)
+        mbarrier.arrive(empty.index(stage), count=1)
+        step += 1
+    acc, third = warpgroup_mma_wait(num_outstanding=0, deps=(acc, third))
+    return acc, third, step
 
 
 @gluon.jit
@@ -202,20 +281,34 @@ def new_barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
     return barriers
 
 
+@gluon.jit
+def new_queue(CLAIMED: gl.constexpr, unused):
+    """Two places for claimed tiles, and the barriers of a claim told and taken; nothing if none is claimed."""
+    if CLAIMED:
+        queue = gl.allocate_shared_memory(gl.int32, [2, 1], mbarrier.MBarrierLayout())
+        published = new_barriers(2, 1)
+        taken = new_barriers(2, 2)
+    else:
+        queue = unused
+        published = unused
+        taken = unused
+    return queue, published, taken
+
+
 @dataclass(frozen=True)
 class RowTiles:
     """The row tiles of one routing, listed on the device, shared by every product over its rows."""
 
-    tiles: torch.Tensor  # (1 + 3 * capacity,) int32
+    tiles: torch.Tensor  # (2 + 3 * capacity,) int32
     capacity: int
     num_rows: int
 
 
-def list_row_tiles(offsets_P: torch.Tensor, num_rows: int) -> RowTiles:
-    """List the row tiles of a routing; `num_rows` bounds their number without reading the offsets."""
+def list_row_tiles(offsets_P: torch.Tensor, num_rows: int, tile_rows: int = TILE_M) -> RowTiles:
+    """List the row tiles of a routing, of 128 or 192 rows; `num_rows` bounds their number without reading offsets."""
     num_experts = offsets_P.shape[0] - 1
     capacity = cdiv(num_rows, TILE_M) + min(num_experts, num_rows)
-    tiles = torch.empty(1 + 3 * capacity, dtype=torch.int32, device=offsets_P.device)
+    tiles = torch.empty(2 + 3 * capacity, dtype=torch.int32, device=offsets_P.device)
     launch(
         _list_tiles_kernel,
         (cdiv(capacity, 64),),
@@ -223,7 +316,7 @@ def list_row_tiles(offsets_P: torch.Tensor, num_rows: int) -> RowTiles:
         tiles,
         num_experts,
         capacity,
-        TILE_ROWS=TILE_M,
+        GRANULES=tile_rows // GRANULE,
         BLOCK_E=next_power_of_2(num_experts),
         BLOCK=64,
         **pdl_options(offsets_P.device),

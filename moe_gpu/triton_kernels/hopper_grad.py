@@ -13,6 +13,7 @@ from moe_gpu.triton_kernels.grouped_gemm import apply_function
 from moe_gpu.triton_kernels.grouped_gemm_grad import function_gradient
 from moe_gpu.triton_kernels.hopper import rows_producer
 from moe_gpu.triton_kernels.hopper_common import (
+    LIST_HEAD,
     RAGGED_END,
     TILE_K,
     TILE_N,
@@ -142,8 +143,8 @@ def _grad_act_consumer(
     done = 0
     for tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
         tile_m, tile_n = place_of(tile, num_m, num_n, GROUP_M)
-        row = gl.load(tiles_ptr + 1 + capacity + tile_m) + 64 * PART
-        rows = gl.load(tiles_ptr + 1 + 2 * capacity + tile_m) - 64 * PART
+        row = gl.load(tiles_ptr + LIST_HEAD + capacity + tile_m) + 64 * PART
+        rows = gl.load(tiles_ptr + LIST_HEAD + 2 * capacity + tile_m) - 64 * PART
         if rows > 0:
             column = tile_n * BLOCK_N
             tma.store_wait(0)
@@ -246,8 +247,9 @@ def _grouped_gemm_grad_act_hopper_kernel(
                 BLOCK_N, BLOCK_K, STAGES, GROUP_M, GATHER, FUNCTION, GATED, B_BY_K, 1,
             )),
             (rows_producer, (
-                a, route_ptr, w_desc, tiles_ptr, a_stages, b_stages, full, empty, capacity, num_rows, N, K, a_stride,
-                BLOCK_N, BLOCK_K, STAGES, GROUP_M, TOP_K, GATHER, WIDE, False, B_BY_K,
+                a, route_ptr, w_desc, tiles_ptr, a_stages, b_stages, full, empty, full, full, full,
+                capacity, num_rows, N, K, a_stride,
+                BLOCK_N, BLOCK_K, STAGES, GROUP_M, TOP_K, GATHER, WIDE, False, B_BY_K, 2, False,
             )),
         ],
         [4, PRODUCER_WARPS],

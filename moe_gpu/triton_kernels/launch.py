@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 from triton.compiler import CompiledKernel
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-from triton.runtime import driver
 
 # What was compiled for a launch, and the constants that its kernel takes after the arguments. The kernel itself is kept
 # too, so that its id stays its own.
@@ -21,13 +20,22 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
     """`kernel[grid](*arguments, **options)` in about half the host's time; constants go by name, and all are given.
 
     Triton binds, specialises and hashes everything again on every launch. Here launches are told apart by a key that is
-    cheaper and at least as fine, and what was compiled for it is called directly.
+    cheaper and at least as fine, and what was compiled for it is called directly. It runs on the device of the first
+    tensor, which Triton alone takes the current device for.
     """
     key = _key_of(kernel, arguments, options)
-    known = _COMPILED.get(key) if key else None
+    if key is None:
+        kernel[grid](*arguments, **options)
+        return
+    device = key[1]
+    if device >= 0 and device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            launch(kernel, grid, *arguments, **options)
+        return
+    known = _COMPILED.get(key)
     if known is None:
         compiled = kernel[grid](*arguments, **options)
-        if key and isinstance(compiled, CompiledKernel):  # the interpreter gives none
+        if isinstance(compiled, CompiledKernel):  # the interpreter gives none
             names = kernel.arg_names[len(arguments) :]
             _COMPILED[key] = compiled, tuple(options[name] for name in names), kernel
         return
@@ -36,12 +44,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
 
 
 def _key_of(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...] | None:
-    """What tells one compiled kernel from another, or None for an argument of an unknown kind.
+    """What tells one compiled kernel from another, the device second; None for an argument of an unknown kind.
 
     Triton asks of a tensor its dtype and whether it starts on 16 bytes, of an integer whether it is 1, a multiple of 16
     and within 32 bits, of a descriptor its box and layout.
     """
-    key: list[Any] = [id(kernel), driver.active.get_current_device()]
+    key: list[Any] = [id(kernel), -1]
     for argument in arguments:
         kind = argument.__class__
         if kind is int:
@@ -52,8 +60,12 @@ def _key_of(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) ->
         elif isinstance(argument, torch.Tensor):
             key.append(argument.dtype)
             key.append(argument.data_ptr() % 16 == 0)
+            if key[1] < 0:
+                key[1] = argument.get_device()
         elif hasattr(argument, "block_shape"):
             key += (kind, argument.base.dtype, *argument.block_shape, argument.layout)
+            if key[1] < 0:
+                key[1] = argument.base.get_device()
         else:
             return None
     key += options

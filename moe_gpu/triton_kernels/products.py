@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +12,7 @@ from moe_gpu.triton_kernels.gather_scatter import permute_forward
 from moe_gpu.triton_kernels.grouped_gemm import grouped_gemm_forward, num_sms, shared_bytes
 from moe_gpu.triton_kernels.grouped_gemm_grad import grouped_gemm_grad_act, grouped_gemm_grad_w
 from moe_gpu.triton_kernels.tile_table import choose_tile, device_name
-from moe_gpu.triton_kernels.tuning import GemmConfig, HopperConfig, gather_first
+from moe_gpu.triton_kernels.tuning import GemmConfig, HopperConfig, gather_first, tile_beside_bias
 
 if TYPE_CHECKING:
     from moe_gpu.triton_kernels.hopper_common import RowTiles
@@ -66,6 +66,7 @@ class Products:
     num_rows: int
     sm_budget: int | None
     hopper: bool
+    _lists: dict[int, RowTiles] = field(default_factory=dict)  # of row tiles, by their rows
 
     @classmethod
     def of(
@@ -103,11 +104,12 @@ class Products:
             self.hopper,
         ).tile
 
-    @functools.cached_property
-    def _row_tiles(self) -> RowTiles:
+    def _row_tiles(self, rows: int) -> RowTiles:
         from moe_gpu.triton_kernels.hopper_common import list_row_tiles
 
-        return list_row_tiles(self.offsets_P, self.num_rows)
+        if rows not in self._lists:
+            self._lists[rows] = list_row_tiles(self.offsets_P, self.num_rows, rows)
+        return self._lists[rows]
 
     @property
     def _programs(self) -> int:
@@ -119,10 +121,12 @@ class Products:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As `grouped_gemm_forward`."""
         tile = self.tile(kind, w_ENK)
+        if options.get("bias_EN") is not None:
+            tile = tile_beside_bias(kind, tile)
         if isinstance(tile, HopperConfig):
             from moe_gpu.triton_kernels.hopper import grouped_gemm_hopper
 
-            return grouped_gemm_hopper(a, w_ENK, self._row_tiles, tile, self._programs, **options)
+            return grouped_gemm_hopper(a, w_ENK, self._row_tiles(tile.rows), tile, self._programs, **options)
         return grouped_gemm_forward(a, w_ENK, self.offsets_P, self.num_rows, tile, sm_budget=self.sm_budget, **options)
 
     def grad_act(
@@ -134,7 +138,7 @@ class Products:
             from moe_gpu.triton_kernels.hopper_grad import grouped_gemm_grad_act_hopper
 
             return grouped_gemm_grad_act_hopper(
-                grad, w_ENK, h, activation, self._row_tiles, tile, self._programs, **options
+                grad, w_ENK, h, activation, self._row_tiles(tile.rows), tile, self._programs, **options
             )
         return grouped_gemm_grad_act(
             grad, w_ENK, h, activation, self.offsets_P, tile, sm_budget=self.sm_budget, **options

@@ -237,7 +237,8 @@ def _tile(values: dict[str, Any]) -> tuple[Tile, float]:
     for field in fields(tile):
         value = getattr(tile, field.name)
         power = field.name.startswith("block") or field.name == "num_warps"
-        if not _whole(value) or value < 0 or (power and value.bit_count() != 1):
+        right = isinstance(value, bool) if field.name == "claimed" else _whole(value) and value >= 0
+        if not right or (power and value.bit_count() != 1) or (field.name == "rows" and value not in (128, 192)):
             raise TableError(f"it is damaged ({field.name}={value!r})")
     return tile, float(time_ms)
 

@@ -36,15 +36,23 @@ class GemmConfig:
 
 @dataclass(frozen=True)
 class HopperConfig:
-    """A product by the warp-specialised kernels for Hopper: tiles of 128 x 256, STAGES steps of 64 in flight.
+    """A product by the warp-specialised kernels for Hopper: tiles of `rows` x 256, STAGES steps of 64 in flight.
 
-    width, slots: columns of a store, and how many stores a consumer may have on their way.
+    width, slots: columns of a store, and how many stores a consumer may have on their way. rows: 128, or for `up`,
+    `down` and `grad_x` 192. claimed: programs claim tiles from a counter instead of taking every so many-th; for the
+    same three kinds.
     """
 
     stages: int
     width: int = 64
     slots: int = 2
     group_m: int = 8
+    rows: int = 128
+    claimed: bool = False
+
+    def store_width(self, gated: bool) -> int:
+        """Columns of a store: `width`, but no more than the narrowest sums that a tile ends with."""
+        return min(self.width, 256 // (2 if gated else 1) // (2 if self.rows > 128 else 1))
 
 
 @dataclass(frozen=True)
@@ -140,11 +148,16 @@ _FLOAT32 = GemmConfig(32, 32, 32, 4, 2, programs_per_sm=4)
 FUSED_MLP_MAX_ROWS_PER_EXPERT = 0
 
 
+def tile_beside_bias(kind: str, tile: GemmConfig | HopperConfig) -> GemmConfig | HopperConfig:
+    """The tile that serves where there is a bias: beside the sums of 192 rows it would spill."""
+    return _HOPPER[kind] if isinstance(tile, HopperConfig) and tile.rows > 128 else tile
+
+
 def operand_bytes(kind: str, tile: GemmConfig | HopperConfig, gated: bool = True) -> int:
     """Shared memory that the stages (and Hopper's output slots) of a tile of 16-bit numbers take, barriers aside."""
     if isinstance(tile, HopperConfig):
         columns = 5 * 64 if kind == "grad_act" else tile.slots * tile.width
-        return 2 * ((128 + 256) * 64 * tile.stages + 2 * 64 * columns)
+        return 2 * ((tile.rows + 256) * 64 * tile.stages + 2 * 64 * columns)
     m, n, k = tile.block_m, tile.block_n, tile.block_k
     if kind.startswith("grad_w"):
         # A loop that gathers spends two of its stages on the indices.

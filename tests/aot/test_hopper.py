@@ -16,6 +16,7 @@ from moe_gpu.triton_kernels.hopper import grouped_gemm_hopper
 from moe_gpu.triton_kernels.hopper_common import RowTiles, list_row_tiles
 from moe_gpu.triton_kernels.hopper_grad import grouped_gemm_grad_act_hopper, grouped_gemm_grad_w_hopper
 from moe_gpu.triton_kernels.tuning import HopperConfig
+from moe_gpu.tune import candidates
 from tests.aot.compiling import compiling_launches
 
 ARCH = 90
@@ -32,7 +33,9 @@ class Operands:
         self.route = self.new(ROWS, dtype=torch.int32)
         self.offsets = self.new(EXPERTS + 1, dtype=torch.int32)
         self.routing_weights = self.new(TOKENS, TOP_K, dtype=torch.float32)
-        self.row_tiles: RowTiles = list_row_tiles(self.offsets, ROWS)
+
+    def row_tiles(self, config: HopperConfig) -> RowTiles:
+        return list_row_tiles(self.offsets, ROWS, config.rows)
 
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device="meta")
@@ -50,7 +53,7 @@ def up(on: Operands, config: HopperConfig, activation: str, save_h=False, bias=F
     grouped_gemm_hopper(
         on.new(TOKENS if gather else ROWS, WIDTH),
         on.weights(hidden, WIDTH, by_row),
-        on.row_tiles,
+        on.row_tiles(config),
         config,
         PROGRAMS,
         activation=activation,
@@ -63,12 +66,14 @@ def up(on: Operands, config: HopperConfig, activation: str, save_h=False, bias=F
 def down(on: Operands, config: HopperConfig, bias=False, by_row=True):
     bias_EN = on.new(EXPERTS, WIDTH) if bias else None
     grouped_gemm_hopper(
-        on.new(ROWS, HIDDEN), on.weights(WIDTH, HIDDEN, by_row), on.row_tiles, config, PROGRAMS, bias_EN=bias_EN
+        on.new(ROWS, HIDDEN), on.weights(WIDTH, HIDDEN, by_row), on.row_tiles(config), config, PROGRAMS, bias_EN=bias_EN
     )
 
 
 def grad_x(on: Operands, config: HopperConfig, by_row=False):
-    grouped_gemm_hopper(on.new(ROWS, 2 * HIDDEN), on.weights(WIDTH, 2 * HIDDEN, by_row), on.row_tiles, config, PROGRAMS)
+    grouped_gemm_hopper(
+        on.new(ROWS, 2 * HIDDEN), on.weights(WIDTH, 2 * HIDDEN, by_row), on.row_tiles(config), config, PROGRAMS
+    )
 
 
 def grad_act(on: Operands, config: HopperConfig, activation: str, gather=True, by_row=False):
@@ -77,7 +82,7 @@ def grad_act(on: Operands, config: HopperConfig, activation: str, gather=True, b
         on.weights(HIDDEN, WIDTH, by_row),
         on.new(ROWS, hidden_columns(activation)),
         activation,
-        on.row_tiles,
+        on.row_tiles(config),
         config,
         PROGRAMS,
         **({"route_R": on.route, "route_weight_TK": on.routing_weights} if gather else {}),
@@ -135,11 +140,28 @@ SPILLS = {
     "up-gelu, saved H": 4,
     "up-gelu_tanh, saved H": 12,
 }
+TALL_SPILLS = {
+    "up-swiglu, weights by column": 4,
+    "up-swiglu, saved H": 4,
+    "up-geglu, saved H": 36,
+    "up-geglu_tanh, saved H": 6,
+    "up-silu, saved H": 2,
+    "up-gelu, saved H": 18,
+    "up-gelu_tanh, saved H": 20,
+}
+
+
+# Of the tuner's candidates, one of each kind that differs from the rules' by more than numbers.
+OFFERED = {
+    "up": [HopperConfig(3, rows=192, claimed=True), HopperConfig(4, claimed=True)],
+    "down": [HopperConfig(3, width=128, slots=1, rows=192, claimed=True)],
+    "grad_x": [HopperConfig(3, width=128, slots=1, rows=192, claimed=True)],
+}
 
 
 def shipped_configs(kind: str) -> list[HopperConfig]:
-    """What may serve a kind of product: by the rules, and by the tables in the package."""
-    configs = {tuning._HOPPER[kind]}
+    """What may serve a kind of product: by the rules, by the tables in the package, and what the tuner offers."""
+    configs = {tuning._HOPPER[kind], *OFFERED.get(kind, ())}
     for path in (Path(tile_table.__file__).parent / "tiles").glob("*.json"):
         device = json.loads(path.read_text())["machines"][0]["device"]
         for entry in tile_table.read_table(path, device).entries:
@@ -148,10 +170,17 @@ def shipped_configs(kind: str) -> list[HopperConfig]:
     return sorted(configs, key=str)
 
 
+def test_the_tuner_offers_what_is_compiled():
+    for kind, configs in OFFERED.items():
+        assert set(configs) <= set(candidates(kind, 256, tuning.HOPPER_SHARED_BYTES, kind == "up", True))
+
+
 def cases():
     for kind, launches in LAUNCHES.items():
         for config in shipped_configs(kind):
             for number, name in enumerate(launches):
+                if config.rows > 128 and ("bias" in name or name == "between linear layers"):
+                    continue  # tile_beside_bias sees to that
                 for dtype in (torch.bfloat16, torch.float16) if number == 0 else (torch.bfloat16,):
                     yield pytest.param(kind, config, name, dtype, id=f"{kind}-{name}-{dtype}-{config}")
 
@@ -160,8 +189,9 @@ def cases():
 def test_product(kind, config, name, dtype):
     with compiling_launches(ARCH) as launches:
         LAUNCHES[kind][name](Operands(dtype), config)
-    _, product = launches
-    assert product.spills <= SPILLS.get(f"{kind}-{name}", 0)
+    *_, product = launches
+    allowed = SPILLS if config.rows == 128 else TALL_SPILLS
+    assert product.spills <= allowed.get(f"{kind}-{name}", 0)
     assert product.shared_bytes <= tuning.HOPPER_SHARED_BYTES
     assert product.num_wgmma > 0
     assert product.num_mma_sync == 0

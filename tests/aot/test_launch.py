@@ -67,12 +67,25 @@ def test_a_key_is_at_least_as_fine_as_what_triton_compiles_for():
 
 
 def test_other_devices_kernels_and_unknown_arguments_do_not_share():
-    with mock.patch.object(driver, "_active", _NoGpu(90)):
-        here = launching._key_of(_kernel, FIRST, {})
-        assert launching._key_of(object(), FIRST, {}) != here
-        assert launching._key_of(_kernel, (*FIRST, (1, 2)), {}) is None
-    with mock.patch.object(driver, "_active", _NoGpu(80)):
-        assert launching._key_of(_kernel, FIRST, {}) != here
+    here = launching._key_of(_kernel, FIRST, {})
+    assert here[1] == -1
+    assert launching._key_of(object(), FIRST, {}) != here
+    assert launching._key_of(_kernel, (*FIRST, (1, 2)), {}) is None
+    with mock.patch.object(torch.Tensor, "get_device", return_value=3):
+        there = launching._key_of(_kernel, (None, FIRST[0], *FIRST[2:]), {})
+        assert there[1] == 3
+
+
+def test_a_kernel_runs_on_the_device_of_its_tensors(kernel):
+    x = torch.zeros(4)
+    devices = mock.MagicMock()
+    devices.current_device.side_effect = [0, 1, 1]
+    with mock.patch.object(torch.Tensor, "get_device", return_value=1), mock.patch.object(torch, "cuda", devices):
+        launching.launch(kernel, (1,), x, 5, FLAG=True, WIDTH=8)
+        devices.device.assert_called_once_with(1)
+        launching.launch(kernel, (1,), x, 5, FLAG=True, WIDTH=8)
+    devices.device.assert_called_once_with(1)
+    assert (len(kernel.compiled), len(kernel.direct)) == (1, 1)
 
 
 class _Compiled(CompiledKernel):
@@ -102,7 +115,7 @@ class _Kernel:
 
 @pytest.fixture
 def kernel():
-    with mock.patch.object(driver, "_active", _NoGpu(90)), mock.patch.dict(launching._COMPILED, clear=True):
+    with mock.patch.dict(launching._COMPILED, clear=True):
         yield _Kernel()
 
 

@@ -32,6 +32,13 @@ def _store(pointer: Pointer, value: Any, mask: Any = None) -> None:
         pointer.memory[offset[mask]] = value[mask]
 
 
+def _atomic_add(pointer: Pointer, value: int, sem: str) -> int:
+    pause()
+    before = _load(pointer)
+    _store(pointer, before + value)
+    return before
+
+
 def _either(scalars: Callable, tensors: Callable) -> Callable:
     def choose(a: Any, b: Any) -> Any:
         if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
@@ -60,7 +67,8 @@ def _allocate(dtype: torch.dtype, shape: Sequence[int], layout: None) -> SharedM
         return Barriers(barriers)
     cells = tuple(Cell(f"stage or slot {i} of shape {list(shape)}") for i in range(shape[0]))
     now.program.cells += cells
-    return SharedMemory(torch.full(shape, torch.nan, dtype=dtype), cells)
+    poison = torch.nan if dtype.is_floating_point else torch.iinfo(dtype).min
+    return SharedMemory(torch.full(shape, poison, dtype=dtype), cells)
 
 
 def _fence(cluster: bool = False) -> None:
@@ -225,6 +233,7 @@ _LANGUAGE = types.SimpleNamespace(
     cdiv=lambda a, b: -(-a // b),
     load=_load,
     store=_store,
+    atomic_add=_atomic_add,
     arange=lambda start, end, layout=None: block(torch.arange(start, end, dtype=torch.int32)),
     zeros=lambda shape, dtype, layout=None: block(torch.zeros(shape, dtype=dtype)),
     full=lambda shape, value, dtype, layout=None: block(torch.full(shape, value, dtype=dtype)),

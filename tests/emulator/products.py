@@ -96,7 +96,7 @@ def check_up(
     out, h = grouped_gemm_hopper(
         x,
         w,
-        list_row_tiles(on.offsets, on.num_rows),
+        list_row_tiles(on.offsets, on.num_rows, config.rows),
         config,
         on.programs,
         route_R=route,
@@ -147,7 +147,7 @@ def check_grad_act(
         w,
         h,
         activation,
-        list_row_tiles(on.offsets, on.num_rows),
+        list_row_tiles(on.offsets, on.num_rows, config.rows),
         config,
         on.programs,
         route_R=route,

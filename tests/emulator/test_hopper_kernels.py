@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -47,6 +49,12 @@ CASES: dict[str, dict[str, Callable[[Ragged, HopperConfig], None]]] = {
 }
 
 
+# Tiles of 192 rows, claimed: rows that fill one, that end in each of its granules, and that make tiles of two.
+TALL = HopperConfig(3, rows=192, claimed=True)
+TALL_KINDS = ("up", "down", "grad_x")
+TALL_ROWS = Ragged(torch.bfloat16, (330, 0, 1, 64, 130, 192, 193), tail=2)
+
+
 def run(kind: str, name: str, on: Ragged, config: HopperConfig | None = None, seed: int = 0, replaced=None) -> None:
     torch.manual_seed(seed)
     with emulated(seed, INLINE_ASSEMBLY | (replaced or {})):
@@ -58,10 +66,22 @@ def test_product(kind, name):
     run(kind, name, Ragged(torch.bfloat16))
 
 
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in TALL_KINDS for name in CASES[kind]])
+def test_tall_tiles(kind, name):
+    run(kind, name, TALL_ROWS, TALL)
+
+
 @pytest.mark.parametrize("seed", range(1, 5))
 @pytest.mark.parametrize("kind", CASES)
 def test_any_order_and_float16(kind, seed):
     run(kind, next(iter(CASES[kind])), Ragged(torch.float16), seed=seed)
+
+
+@pytest.mark.parametrize("seed", range(1, 5))
+@pytest.mark.parametrize("kind", TALL_KINDS)
+def test_tall_tiles_in_any_order(kind, seed):
+    on = replace(TALL_ROWS, dtype=torch.float16, programs=1 + seed)
+    run(kind, next(iter(CASES[kind])), on, TALL, seed)
 
 
 EDGES = {
@@ -80,6 +100,31 @@ def test_edge(kind, edge):
     run(kind, next(iter(CASES[kind])), EDGES[edge])
 
 
+@pytest.mark.parametrize("edge", EDGES)
+def test_edge_of_tall_tiles(edge):
+    run("down", "bias", EDGES[edge], TALL)
+
+
+@pytest.mark.parametrize(
+    "config", [HopperConfig(2, claimed=True), HopperConfig(2, width=128, slots=1, rows=192)], ids=str
+)
+def test_tall_and_claimed_each_alone(config):
+    run("grad_x", "weights by column", TALL_ROWS, config)
+
+
+def test_claims_leave_the_counter_for_the_next_product():
+    row_tiles = []
+
+    def keep(*arguments):
+        row_tiles.append(list_row_tiles(*arguments))
+        return row_tiles[0]  # the same list for both products
+
+    with mock.patch("tests.emulator.products.list_row_tiles", keep):
+        for _ in range(2):
+            run("down", "bias", TALL_ROWS, TALL)
+            assert int(row_tiles[0].tiles[1]) == 0
+
+
 @pytest.mark.parametrize(
     "config", [HopperConfig(2), HopperConfig(2, group_m=1), HopperConfig(5, width=128, slots=1)], ids=str
 )
@@ -90,29 +135,65 @@ def test_other_tile(kind, config):
 
 @pytest.mark.parametrize("rows_per_expert", [ROWS_PER_EXPERT, (0,), (64,) * 70, (1, 0, 1000, 128, 129)], ids=str)
 def test_row_tiles_cover_every_row_once(rows_per_expert):
-    offsets = torch.tensor([0, *rows_per_expert]).cumsum(0).to(torch.int32)
-    num_rows = int(offsets[-1]) + 7
-    with emulated():
-        row_tiles = list_row_tiles(offsets, num_rows)
-    count = int(row_tiles.tiles[0])
-    assert count <= row_tiles.capacity
-    entries = row_tiles.tiles[1:].reshape(3, -1)[:, :count].T.tolist()
-    expected = []
+    entries = listed(rows_per_expert, 128)
+    expected, first = [], 0
     for expert, rows in enumerate(rows_per_expert):
-        first = int(offsets[expert])
         expected += [[expert, first + at, min(128, rows - at)] for at in range(0, rows, 128)]
+        first += rows
     assert entries == expected
 
 
+def listed(rows_per_expert: tuple[int, ...], tile_rows: int) -> list[list[int]]:
+    """Expert, first row and rows of every tile."""
+    offsets = torch.tensor([0, *rows_per_expert]).cumsum(0).to(torch.int32)
+    with emulated():
+        row_tiles = list_row_tiles(offsets, int(offsets[-1]) + 7, tile_rows)
+    count, claims = row_tiles.tiles[:2].tolist()
+    assert count <= row_tiles.capacity
+    assert claims == 0
+    return row_tiles.tiles[2:].reshape(3, -1)[:, :count].T.tolist()
+
+
+def test_tall_row_tiles_are_few_and_none_is_of_one_granule_but_the_only_one():
+    rows_per_expert = (*range(0, 600, 7), 64, 128, 192, 256, 320, 384)
+    entries = listed(rows_per_expert, 192)
+    first = 0
+    for expert, rows in enumerate(rows_per_expert):
+        mine = [(row - first, count) for e, row, count in entries if e == expert]
+        assert [row for row, _ in mine] == [sum(n for _, n in mine[:i]) for i in range(len(mine))]
+        assert sum(count for _, count in mine) == rows
+        granules = [-(-count // 64) for _, count in mine]
+        assert len(granules) == -(-rows // 192)
+        assert all(2 <= n <= 3 for n in granules) or granules == [1]
+        assert all(count % 64 == 0 for _, count in mine[:-1])
+        first += rows
+
+
 # Where each kernel's operations are at work, and those whose absence changes nothing.
-WITNESSES = {
-    hopper._grouped_gemm_hopper_kernel: [("up", "swiglu, saved H"), ("down", "several tiles of columns")],
-    hopper_grad._grouped_gemm_grad_act_hopper_kernel: [("grad_act", "swiglu"), ("grad_act", "not gated")],
-    hopper_grad._grouped_gemm_grad_w_hopper_kernel: [("grad_w_gather", "transposed"), ("grad_w", "plain")],
+Witness = tuple[str, str, Ragged, HopperConfig]
+SMALL = (Ragged(torch.bfloat16), HopperConfig(3))
+WITNESSES: dict[object, list[Witness]] = {
+    hopper._grouped_gemm_hopper_kernel: [
+        ("up", "swiglu, saved H", *SMALL),
+        ("down", "several tiles of columns", *SMALL),
+        ("up", "swiglu", TALL_ROWS, TALL),
+        ("down", "bias", TALL_ROWS, TALL),
+    ],
+    hopper_grad._grouped_gemm_grad_act_hopper_kernel: [
+        ("grad_act", "swiglu", *SMALL),
+        ("grad_act", "not gated", *SMALL),
+    ],
+    hopper_grad._grouped_gemm_grad_w_hopper_kernel: [
+        ("grad_w_gather", "transposed", *SMALL),
+        ("grad_w", "plain", *SMALL),
+    ],
 }
 HARMLESS = {
     # Each turn of the loop has waited for its own product.
-    "multiply: one product more in flight in `warpgroup_mma_wait(num_outstanding=0, deps=(acc,))`"
+    "multiply: one product more in flight in `warpgroup_mma_wait(num_outstanding=0, deps=(acc,))`",
+    "multiply_three: one product more in flight in `warpgroup_mma_wait(num_outstanding=0, deps=(acc, third))`",
+    # A tile's stages come after the next tile's claim, so whoever has multiplied them finds the claim told.
+    "claimed_tile: without `mbarrier.wait(published.index(turn % 2), turn // 2 & 1)`",
 }
 
 
@@ -129,10 +210,10 @@ def planted_faults():
 @pytest.mark.parametrize(("fault", "witnesses"), list(planted_faults()))
 def test_planted_fault_is_noticed(fault, witnesses):
     noticed = False
-    for kind, name in witnesses:
+    for kind, name, on, config in witnesses:
         for seed in range(3):
             try:
-                run(kind, name, Ragged(torch.bfloat16), HopperConfig(3), seed, fault.replaced)
+                run(kind, name, on, config, seed, fault.replaced)
             except AssertionError:
                 noticed = True
                 break

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from moe_gpu.triton_kernels import tile_table, tuning
 from moe_gpu.triton_kernels.ops import TritonExpertOps
 from moe_gpu.triton_kernels.products import Products
 from moe_gpu.triton_kernels.tuning import KINDS, HopperConfig
@@ -45,6 +46,39 @@ def test_experts(case, dtype):
     assert all(isinstance(products.tile(kind), HopperConfig) for kind in KINDS), "another path serves"
     torch.full((50_000_000,), float("nan"), device="cuda", dtype=dtype)  # what the allocator hands out next
     check_experts(case, dtype, "cuda")
+
+
+@pytest.fixture
+def tall_tiles(monkeypatch):
+    """What `moe-gpu tune` may choose instead of the rules' tiles: 192 rows, claimed from a counter."""
+    tall = HopperConfig(3, width=128, slots=1, rows=192, claimed=True)
+    monkeypatch.setattr(tuning, "_HOPPER", tuning._HOPPER | dict.fromkeys(("up", "down", "grad_x"), tall))
+    tile_table.forget_tables()
+    yield
+    monkeypatch.undo()
+    tile_table.forget_tables()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_experts_by_tall_tiles(case, tall_tiles):
+    problem = make_problem(case, torch.bfloat16, "cuda")
+    w = problem.weights
+    offsets = torch.empty(case.experts + 1, dtype=torch.int32, device="cuda")
+    products = Products.of((problem.x_TH,), (w.up_EGH, w.down_EOI), offsets, case.tokens * case.top_k)
+    assert products.tile("down").rows == 192, "another tile serves"
+    check_experts(case, torch.bfloat16, "cuda")
+
+
+def test_tall_tiles_give_the_same_bits_a_hundred_times_and_on_any_budget(tall_tiles):
+    problem = make_problem(ExpertCase("repeat", 3000, 256, 192, 5, 2), torch.bfloat16, "cuda")
+    expected = None
+    for repeat in range(100):
+        ops = TritonExpertOps("cuda", sm_budget=(None, 1, 7, 66)[repeat % 4])
+        with torch.no_grad():
+            routing = ops.sort_routes(problem.ids_TK, problem.topk_weights_TK, 5)
+            out = ops.experts(problem.x_TH, routing, problem.weights)
+        expected = out if expected is None else expected
+        assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("sm_budget", [1, 7, 66, 1000])
