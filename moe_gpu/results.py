@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+
+CACHE_VARIABLE = "MOE_GPU_CACHE"
 
 
 @dataclass(frozen=True)
@@ -226,6 +229,17 @@ def writable_directory(path: str | Path) -> Path:
     except OSError as error:
         raise ValueError(f"cannot write to {path}: {error.strerror}; choose another --output-dir") from error
     return path
+
+
+def device_cache_path(folder: str, device_name: str) -> Path:
+    """The user's file about a GPU model, as `tiles/h200.json`: under MOE_GPU_CACHE, by default ~/.cache/moe_gpu."""
+    root = os.environ.get(CACHE_VARIABLE) or os.path.expanduser("~/.cache/moe_gpu")
+    return Path(root) / folder / device_file_name(device_name)
+
+
+def device_file_name(device_name: str) -> str:
+    """`h200.json` for "NVIDIA H200"."""
+    return re.sub(r"[^a-z0-9]+", "-", device_name.lower()).removeprefix("nvidia-").strip("-") + ".json"
 
 
 def read_rows(path: str | Path) -> list[Row]:
