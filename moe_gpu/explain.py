@@ -25,6 +25,7 @@ from moe_gpu.triton_kernels.tuning import (
     shared_bytes_of,
 )
 
+
 @dataclass(frozen=True)
 class Gpu:
     """What a choice of tile depends on; `device` is None for a GPU that is only described."""

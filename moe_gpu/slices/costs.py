@@ -83,7 +83,7 @@ class CostTable:
                 part = math.log(value / low) / math.log(top / low)
                 ends = [(low, 1 - part), (top, part)]
             corners = [((*key, end), weight * share) for key, weight in corners for end, share in ends]
-        return math.exp(sum(share * math.log(times[key]) for key, share in corners))  # type: ignore[index]
+        return math.exp(sum(share * math.log(times[key]) for key, share in corners))  # type: ignore[index,misc]
 
     def sliced_ms(self, work: Sequence[tuple[float, float, int]]) -> float | None:
         """Milliseconds until the last of several slices, (experts, rows, SMs) each, that run side by side."""
