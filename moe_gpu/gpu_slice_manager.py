@@ -6,6 +6,7 @@ another is better by more than a margin, backends carry plans out, and a log say
 
 from __future__ import annotations
 
+import copy
 import random
 import time
 from collections import deque
@@ -235,8 +236,17 @@ class AdvancedGPUSliceManager:
 
         rows_E: rows a call of every expert in the last window; without it the last known ones serve.
         """
-        if rows_E is not None:
-            self._observe(rows_E)
+        learnt = (self._rows, self._unassigned_share, copy.deepcopy(self._forecaster), self._random.getstate())
+        try:
+            if rows_E is not None:
+                self._observe(rows_E)
+            return self._optimize()
+        except BaseException:
+            self._rows, self._unassigned_share, self._forecaster, drawn = learnt
+            self._random.setstate(drawn)
+            raise
+
+    def _optimize(self) -> Decision:
         profile = self.profile()
         draw = self._random.random() if self.policy is SliceAllocationPolicy.ADAPTIVE else 1.0
         if self.setting.backend == "device":
