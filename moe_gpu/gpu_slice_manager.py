@@ -221,13 +221,14 @@ class AdvancedGPUSliceManager:
             raise SliceError(f"utilization={utilization} must lie between 0 and 1")
         self._utilization[expert_id] = utilization
 
-    def profile(self) -> LoadProfile:
+    def profile(self, forecast: bool = True) -> LoadProfile:
         """The tenants with their last known loads and, for ADAPTIVE, forecasts."""
-        forecast = self._forecaster.forecast() if self.policy is SliceAllocationPolicy.ADAPTIVE else None
+        adaptive = self.policy is SliceAllocationPolicy.ADAPTIVE
+        expected_rows = self._forecaster.forecast() if forecast and adaptive else None
         tenants = []
         for name, held in self._allocations.items():
             rows, active = self._rows.get(name, (None, None))
-            expected = None if forecast is None else forecast.get(name)
+            expected = None if expected_rows is None else expected_rows.get(name)
             tenants.append(TenantLoad(held, rows, active, self._utilization.get(name), expected))
         return LoadProfile(tuple(tenants))
 
@@ -239,7 +240,7 @@ class AdvancedGPUSliceManager:
         learnt = (self._rows, self._unassigned_share, copy.deepcopy(self._forecaster), self._random.getstate())
         try:
             if rows_E is not None:
-                self._observe(rows_E)
+                self.observe(rows_E)
             return self._optimize()
         except BaseException:
             self._rows, self._unassigned_share, self._forecaster, drawn = learnt
@@ -272,7 +273,8 @@ class AdvancedGPUSliceManager:
             self.log.append(decision)
         return decision
 
-    def _observe(self, rows_E: Sequence[float]) -> None:
+    def observe(self, rows_E: Sequence[float]) -> None:
+        """Take in the last window: rows a call of every expert. `optimize_allocations(rows_E)` does both."""
         needed = max((expert for held in self.allocations for expert in held.experts), default=-1)
         if needed >= len(rows_E):
             raise SliceError(
@@ -295,8 +297,8 @@ class AdvancedGPUSliceManager:
             return False, f"stays at {_shown(now)}: {plan.reason}"
         if choice.explored:
             return True, f"to {_shown(plan)}: {plan.reason}"
-        if plan.predicted_ms is not None and self.costs is not None:
-            before = predict_ms(now, profile, self.costs)
+        if plan.predicted_ms is not None:
+            before = self.predict_ms(now, profile)
             if before is not None:
                 before *= self._corrections.get(now.rule, 1.0)
                 gain = 1 - plan.predicted_ms / before if before else 0.0
@@ -312,12 +314,16 @@ class AdvancedGPUSliceManager:
         """Report a call's measured milliseconds under the present plan: ADAPTIVE corrects its predictions by it."""
         if not time_ms > 0:
             raise SliceError(f"time_ms={time_ms} must be above 0")
-        predicted = None if self.costs is None else predict_ms(self.plan, self.profile(), self.costs)
+        predicted = self.predict_ms(self.plan, self.profile())
         if predicted:
             rule = self.plan.rule
             old = self._corrections.get(rule)
             ratio = time_ms / predicted
             self._corrections[rule] = ratio if old is None else old + 0.3 * (ratio - old)
+
+    def predict_ms(self, plan: SlicePlan, profile: LoadProfile) -> float | None:
+        """Milliseconds of a call under a plan by the measured costs; None without them, or beyond them."""
+        return None if self.costs is None else predict_ms(plan, profile, self.costs)
 
     def apply_plan(self, plan: SlicePlan) -> None:
         """Carry out a plan, such as one from a file, for the tenants it names. PlanError for one of another GPU."""

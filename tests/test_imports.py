@@ -43,8 +43,11 @@ ALLOWED = {
     "explain": LAYERS,
     "tune": LAYERS | {"benchmark", "console", "explain"},
     "runs": LAYERS | TOOLS | {"explain"},
+    "profile_runs": LAYERS | TOOLS | {"runs"},
+    "slice_runs": LAYERS,
+    "slice_bench": LAYERS | {"benchmark", "console"},
     "demo": LAYERS | TOOLS | {"runs"},
-    "cli": LAYERS | TOOLS | {"runs", "doctor", "demo", "tune"},
+    "cli": LAYERS | TOOLS | {"runs", "profile_runs", "slice_runs", "slice_bench", "doctor", "demo", "tune"},
     "__main__": {"cli"},
 }
 
