@@ -57,7 +57,7 @@ def run_profile(
         profiler = _train(config, steps, windows)
         found = [profiler.snapshot(number) for number in range(profiler.num_layers)]
         snapshots = [snapshot for snapshot in found if snapshot is not None]
-        over_time = _joined([window.counts_LE for window in profiler.history()], windows)
+        over_time = _joined([window.counts_LE for window in profiler.history() if window.counts_LE.any()], windows)
         source, top_k = f"{steps} training steps", config.top_k
         num_tokens = sum(snapshots[0].counts_E) // top_k // max(1, len(over_time))
     snapshots[0].padding_ratio(tile)  # refuses a height that is not counted

@@ -19,9 +19,15 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
+
+
+@app.callback(invoke_without_command=True)
+def _top(context: typer.Context) -> None:
+    """Divide a GPU by measured load."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 def number_from_0(value: Any) -> float:
