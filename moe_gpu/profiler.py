@@ -139,9 +139,6 @@ class ExpertProfiler:
             )
         if not 0 <= layer < self.num_layers:
             raise ValueError(f"layer={layer} is outside the profiler's {self.num_layers} layers")
-        compiling = torch.compiler.is_compiling()
-        if not compiling and torch._C._current_graph_task_id() != -1:
-            return  # inside a backward pass: a forward pass repeated by checkpointing
         if self._state_LS is None:
             self.attach(demand_P.device)
         assert self._state_LS is not None
@@ -149,7 +146,7 @@ class ExpertProfiler:
             torch.ops.moe_gpu.count_load(self._state_LS[layer], demand_P)
         else:
             count_load_reference(self._state_LS[layer], demand_P)
-        if not compiling and time.monotonic() - self._last_copy >= self.copy_interval_s:
+        if not torch.compiler.is_compiling() and time.monotonic() - self._last_copy >= self.copy_interval_s:
             self.poll()
 
     def poll(self) -> None:

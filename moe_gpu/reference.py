@@ -295,9 +295,19 @@ def load_state_size(num_experts: int) -> int:
     return 2 * num_experts + 1 + len(PADDING_TILES) + 1
 
 
+def repeated_by_checkpointing() -> bool:
+    """Whether this runs inside a backward pass: then it is a forward pass that gradient checkpointing repeats."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 @torch.no_grad()
 def count_load_reference(state_S: torch.Tensor, demand_P: torch.Tensor) -> None:
-    """Add one call's histogram, in place, to int64 counters `state_S`, laid out as `load_state_size` says."""
+    """Add one call's histogram, in place, to int64 counters `state_S`, laid out as `load_state_size` says.
+
+    Nothing is added for a forward pass that gradient checkpointing repeats.
+    """
+    if repeated_by_checkpointing():
+        return
     num_experts = demand_P.shape[0] - 1
     rows = demand_P[:-1].long()
     state_S[: num_experts + 1] += demand_P

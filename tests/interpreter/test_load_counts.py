@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
+from moe_gpu.model import AdvancedMoELayer
 from moe_gpu.profiler import ExpertProfiler
 from moe_gpu.reference import count_load_reference, load_state_size
 
@@ -32,3 +34,23 @@ def test_counts_go_beyond_32_bits():
     profiler.flush()
     assert profiler.counts_LE().tolist() == [[3 * (2**31 - 1), 15]]
     assert profiler.snapshot().peak_rows == 2**31 - 1
+
+
+@pytest.mark.parametrize(("outside", "backend"), [(False, "aot_eager"), (True, "eager")])
+def test_checkpointing_does_not_count_twice_where_it_is_compiled(outside, backend):
+    profiler = ExpertProfiler(4)
+    profiler.attach("cpu")
+    layer = AdvancedMoELayer(8, 8, 16, 4, top_k=2, profiler=profiler)
+
+    inner = layer if outside else torch.compile(layer, backend=backend)
+
+    def run(x):
+        return checkpoint(lambda x: inner(x)[0], x, use_reentrant=False)
+
+    run = torch.compile(run, backend=backend) if outside else run
+    x = torch.randn(3, 8, requires_grad=True)
+    for _ in range(2):
+        run(x).square().sum().backward()
+    profiler.flush()
+    assert int(profiler.counts_LE().sum()) == 2 * 3 * 2
+    torch._dynamo.reset()
