@@ -18,7 +18,7 @@ import torch
 
 from moe_gpu.profiler import ExpertProfiler
 from moe_gpu.slices.backends import ENFORCEMENT, PlanningBackend, SliceRun, entered, make_backend
-from moe_gpu.slices.costs import CostTable
+from moe_gpu.slices.costs import CostTable, cached_costs
 from moe_gpu.slices.device import DeviceDescription, find_device
 from moe_gpu.slices.forecast import LoadForecaster
 from moe_gpu.slices.plan import (
@@ -69,7 +69,8 @@ class AdvancedGPUSliceManager:
 
     device: a DeviceDescription, "cuda", or a GPU's name; by default the GPU that is here, and on a machine without one
     a described H200, where plans are made and nothing is carried out (`get_stats()["simulated"]`). backend: `cta`,
-    `green_context` or `device` (not sliced). costs: what ADAPTIVE predicts with. seed: of its exploration.
+    `green_context` or `device` (not sliced). costs: what ADAPTIVE predicts with, by default
+    what `moe-gpu slices bench` left for this GPU model, if anything. seed: of its exploration.
     carry_out=False only plans, also on a GPU that is here.
     Raises SliceError or ValueError for what cannot be; a refused call changes nothing.
     """
@@ -99,6 +100,8 @@ class AdvancedGPUSliceManager:
         self.policy, self.total_slices = policy, total_slices
         self.setting = Setting(self.device, backend, total_slices)
         self._backend = make_backend(backend, self.device) if carry_out else PlanningBackend(backend)
+        if costs is None and policy is SliceAllocationPolicy.ADAPTIVE:
+            costs = cached_costs(self.device.name)
         self.costs = costs
         if costs is not None and costs.machine.device != self.device.name:
             raise SliceError(

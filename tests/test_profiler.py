@@ -217,11 +217,11 @@ def test_a_peak_leaves_with_its_window(clock):
 def test_the_moving_average_halves_in_its_half_life(clock):
     profiler = ExpertProfiler(2, copy_interval_s=1e9, ewma_half_life_s=4.0)
     profiler.record(demand(0, 0))
-    for counts, seconds in ((( 100, 0), 10.0), ((0, 0), 4.0), ((0, 40), 4.0)):  # fmt: skip
+    for counts, seconds in [((100, 0), 10.0), ((0, 0), 4.0), ((0, 80), 8.0)]:
         profiler.record(demand(*counts))
         clock.now += seconds
         profiler.flush()
-    assert profiler.snapshot().ewma_tokens_per_s_E == pytest.approx([10 / 4, 10 / 2])
+    assert profiler.snapshot().ewma_tokens_per_s_E == pytest.approx([10 / 8, 10 * 3 / 4])
 
 
 def test_history_holds_every_window_up_to_its_length(clock):

@@ -68,6 +68,11 @@ def profile_of(rows, *, priorities=None, utilization=None, required=None) -> Loa
     )
 
 
+@pytest.fixture(autouse=True)
+def no_costs_of_the_user(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOE_GPU_CACHE", str(tmp_path / "cache"))
+
+
 LOADS = st.lists(st.floats(0, 1e6), min_size=1, max_size=8)
 DEVICES = st.sampled_from(sorted(KNOWN_DEVICES))
 BACKENDS = st.sampled_from(["cta", "green_context"])
@@ -204,6 +209,16 @@ def test_without_costs_adaptive_does_not_slice_and_says_why():
     assert "do not cover" in beyond.plan.reason
 
 
+def test_costs_left_by_the_benchmark_are_found_by_adaptive_alone():
+    assert AdvancedGPUSliceManager(8, ADAPTIVE, H200).costs is None
+    synthetic_costs().save(cache_path("NVIDIA H200"))
+    assert AdvancedGPUSliceManager(8, ADAPTIVE, H200).costs == synthetic_costs()
+    assert AdvancedGPUSliceManager(8, STATIC, H200).costs is None
+    cache_path("NVIDIA H200").write_text("{")
+    with pytest.raises(CostTableError, match="damaged"):
+        AdvancedGPUSliceManager(8, ADAPTIVE, H200)
+
+
 def run_policies(costs, loads, policies=POLICIES, seed=0):
     """Time of every window under every policy, by the costs of the load that really came; and the managers."""
     managers = {
@@ -327,6 +342,13 @@ def test_costs_interpolate_and_never_extrapolate():
     for beyond in ((65, 64, 32), (8, 65537, 32), (8, 64, 7), (8, 64, 133)):
         assert costs.time_ms(*beyond) is None
     assert costs.sliced_ms([(8, 64, 32), (8, 64, 7)]) is None
+
+
+def test_slices_beside_each_other_cost_the_slowest_slowed_and_launched():
+    costs = synthetic_costs(launch_ms=0.5, slowdown=2.0)
+    slow, quick = (8, 4096, 16), (8, 64, 64)
+    assert costs.sliced_ms([slow, quick, quick]) == pytest.approx(2 * costs.time_ms(*slow) + 2 * 0.5)
+    assert costs.sliced_ms([slow, (0, 0, 64)]) == pytest.approx(costs.time_ms(*slow)), "an idle neighbour costs nothing"
 
 
 @pytest.mark.parametrize(

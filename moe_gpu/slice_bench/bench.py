@@ -197,9 +197,11 @@ class SliceBench:
         x = torch.randn(rows, self.config.input_dim, device=self.device, dtype=self.dtype)
         routing = ops.sort_routes(ids, torch.ones(rows, 1, device=self.device), self.config.num_experts)
 
+        weights = self.weights  # made here, never inside a capture
+
         @torch.no_grad()
         def call() -> torch.Tensor:
-            return ops.experts(x, routing, self.weights)
+            return ops.experts(x, routing, weights)
 
         return call
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -133,7 +133,7 @@ def make_backend(name: str, device: DeviceDescription) -> SliceBackend:
 
 @contextmanager
 def entered(run: SliceRun) -> Iterator[SliceRun]:
-    """Launch on the slice's stream, after what the current stream holds; the current stream then waits for it not."""
+    """Launch on the slice's stream, after what the current stream holds; that one does not wait for the slice."""
     if run.stream is None:
         yield run
         return
@@ -144,7 +144,7 @@ def entered(run: SliceRun) -> Iterator[SliceRun]:
 
 def availability(device: DeviceDescription) -> dict[str, str]:
     """Each backend: `ok` or why it cannot serve on this device."""
-    found: dict[str, Any] = {}
+    found: dict[str, str] = {}
     for name in BACKENDS:
         if not device.present:
             found[name] = "planned only: the device is described, not present"
