@@ -225,14 +225,17 @@ def _status(reason: str) -> str:
 
 
 @contextmanager
-def background(bench: SliceBench, call: Callable[[], Any], part: Part, batch_s: float = 0.03) -> Iterator[Callable]:
+def background(bench: SliceBench, call: Callable[[], Any], part: Part) -> Iterator[Callable[[], float | None]]:
     """Keep a part busy from a thread; yields a function that says how many calls a second it has made so far.
 
-    The calls are replayed as one graph of about `batch_s`, so that the thread hardly ever holds Python's lock.
+    The calls are replayed as one graph of about 30 ms, so that the thread hardly ever holds Python's lock. None: fewer
+    than two graphs have ended yet.
     """
+    batch_s = min(0.03, bench.sizes.isolation_s / 20)
     batch = max(1, min(64, int(batch_s / (percentile(bench.per_call_ms(call, part), 0.5) / 1e3))))
     replay = bench.graphed(partial(run_all, [call] * batch), part)
-    stop, started, done = threading.Event(), threading.Event(), [0]
+    stop, started = threading.Event(), threading.Event()
+    ends: list[float] = []
 
     def run() -> None:
         with part.current():
@@ -240,14 +243,16 @@ def background(bench: SliceBench, call: Callable[[], Any], part: Part, batch_s: 
                 replay()
                 started.set()
                 part.wait()
-                done[0] += batch
+                ends.append(time.perf_counter())
+
+    def rate() -> float | None:
+        return (len(ends) - 1) * batch / (ends[-1] - ends[0]) if len(ends) > 1 else None
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     started.wait(30)
-    begin, before = time.perf_counter(), done[0]
     try:
-        yield lambda: (done[0] - before) / (time.perf_counter() - begin)
+        yield rate
     finally:
         stop.set()
         thread.join(60)
