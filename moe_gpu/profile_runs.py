@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ def run_profile(
         source, num_tokens = f"trace of {loaded.source}", loaded.topk_ids_LTK.shape[1] // max(1, len(over_time))
         where, top_k = torch.device("cpu"), loaded.top_k
     else:
-        config = replace(training_config(device, steps=steps, seed=seed), context=min(128, tokens))
+        config = training_config(device, steps=steps, seed=seed)
         where = choose_device(config.device)
         profiler = _train(config, steps, windows)
         found = [profiler.snapshot(number) for number in range(profiler.num_layers)]

@@ -215,7 +215,7 @@ def test_the_profile_of_a_trace_is_printed_written_and_returned(trace, here, cap
 
 
 def test_a_live_profile_has_rates_and_windows(here, capsys):
-    layers = answer(capsys, "profile", "--steps", "3", "--tokens", "32", "--output-dir", "out")
+    layers = answer(capsys, "profile", "--steps", "3", "--output-dir", "out")
     assert all(sum(one["tokens_per_s_E"]) > 0 for one in layers)
     assert len({row.window for row in select(read_rows(here / "out" / "expert_load.jsonl"), ExpertLoadRow)}) == 3
 

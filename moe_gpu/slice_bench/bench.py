@@ -43,7 +43,7 @@ class Sizes:
 
     @classmethod
     def tiny(cls) -> Sizes:
-        return cls((8, 64), 64, 1 << 16, (8, 64), (8, 64), (1, 4), 2, 64, (32,), 0.05, 16, 0.001, 3)
+        return cls((8, 64), 64, 1 << 16, (8, 64), (8, 64), (1, 4), 2, 64, (32,), 0.02, 16, 0.0005, 2)
 
 
 @dataclass(frozen=True)
