@@ -20,6 +20,9 @@ import torch.nn.functional as F
 
 from moe_gpu.config import ACTIVATIONS, RouterConfig
 
+PADDING_TILES = (16, 32, 64, 128)
+"""Rows of a tile for which `count_load_reference` counts padding: the heights that products are tiled by."""
+
 INVALID = -1
 """The expert id, or the row, of a route that is dropped: over capacity, a NaN logit, or an id out of range."""
 
@@ -285,3 +288,31 @@ def update_selection_bias(bias_E: torch.Tensor, demand_E: torch.Tensor, step_siz
     """Loss-free balancing (arXiv 2408.15664), in place: raise the bias of underloaded experts, lower the others'."""
     load = demand_E.float()
     bias_E.add_(torch.sign(load.mean() - load).to(bias_E.dtype), alpha=step_size)
+
+
+def load_state_size(num_experts: int) -> int:
+    """Numbers in one layer's load counters: E + 1 counts, E peaks, a sum of padded rows for each tile, and calls."""
+    return 2 * num_experts + 1 + len(PADDING_TILES) + 1
+
+
+def repeated_by_checkpointing() -> bool:
+    """Whether this runs inside a backward pass: then it is a forward pass that gradient checkpointing repeats."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+@torch.no_grad()
+def count_load_reference(state_S: torch.Tensor, demand_P: torch.Tensor) -> None:
+    """Add one call's histogram, in place, to int64 counters `state_S`, laid out as `load_state_size` says.
+
+    Nothing is added for a forward pass that gradient checkpointing repeats.
+    """
+    if repeated_by_checkpointing():
+        return
+    num_experts = demand_P.shape[0] - 1
+    rows = demand_P[:-1].long()
+    state_S[: num_experts + 1] += demand_P
+    peaks = state_S[num_experts + 1 : 2 * num_experts + 1]
+    torch.maximum(peaks, rows, out=peaks)
+    padded = state_S[2 * num_experts + 1 : -1]
+    padded += torch.stack([((rows + tile - 1) // tile * tile).sum() for tile in PADDING_TILES])
+    state_S[-1] += 1

@@ -11,6 +11,7 @@ from moe_gpu import reference
 from moe_gpu.config import MoEConfig, RouterConfig
 from moe_gpu.model import _ANNOUNCED, AdvancedMoELayer, Expert, MoELayer, SliceAllocationPolicy
 from moe_gpu.profiler import ExpertProfiler
+from moe_gpu.slices.plan import GPUSlice
 from moe_gpu.triton_kernels.ops import TritonExpertOps
 
 SIZES = dict(input_dim=12, expert_dim=12, hidden_dim=20, num_experts=5, top_k=2)
@@ -328,3 +329,22 @@ def test_wild_ids_are_dropped_whatever_their_width():
     assert routing.row_of_route_TK.tolist() == [[0, -1], [-1, 2], [1, -1]]
     with pytest.raises(ValueError, match="give integers"):
         TritonExpertOps("cpu").sort_routes(ids.float(), torch.ones(3, 2), num_experts=4)
+
+
+def test_a_slice_is_said_to_do_only_what_it_does():
+    layer = AdvancedMoELayer(**SIZES)
+    assert "no slice is held" in layer.features["slices"].reason
+    layer.use_slice(GPUSlice(0, 3, 32, "cta", got_sms=32))
+    feature = layer.features["slices"]
+    assert (feature.asked, feature.active) == (True, False)
+    assert "a slice of 32 SMs is held; plain PyTorch serves and keeps to no budget" in feature.reason
+    assert layer.ops.sm_budget == 32
+    layer.to(torch.float64)
+    assert layer.ops.sm_budget == 32, "a move keeps the slice"
+    green = AdvancedMoELayer._slice_feature(GPUSlice(0, 3, 32, "green_context", 0, 32, True), "triton")
+    assert green.active
+    assert "the green_context enforces it" in green.reason
+    budget = AdvancedMoELayer._slice_feature(GPUSlice(0, 3, 32, "cta", got_sms=32), "triton")
+    assert "nothing keeps other kernels off them" in budget.reason
+    layer.use_slice(None)
+    assert layer.ops.sm_budget is None
