@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from moe_gpu.reference import PADDING_TILES, repeated_by_checkpointing
-from moe_gpu.triton_kernels.launch import pdl_options, wait_for_previous
+from moe_gpu.triton_kernels.launch import launch, pdl_options, wait_for_previous
 from moe_gpu.triton_kernels.tuning import next_power_of_2
 
 _SMALLEST = PADDING_TILES[0]
@@ -47,7 +47,9 @@ def count_load(state_S: torch.Tensor, demand_P: torch.Tensor) -> None:
     if repeated_by_checkpointing():  # here, where a compiled graph calls too
         return
     num_experts = demand_P.shape[0] - 1
-    _count_load_kernel[(1,)](
+    launch(
+        _count_load_kernel,
+        (1,),
         state_S,
         demand_P,
         num_experts,

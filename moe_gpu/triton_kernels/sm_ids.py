@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import globaltimer, smid
 
+from moe_gpu.triton_kernels.launch import launch
+
 
 @triton.jit
 def _sm_ids_kernel(
@@ -23,4 +25,4 @@ def _sm_ids_kernel(
 
 def record_sm_ids(out: torch.Tensor, spin_ns: int = 50_000) -> None:
     """Fill `out`, int32 on a GPU, with the SM of each of as many programs; capturable in a graph."""
-    _sm_ids_kernel[(out.numel(),)](out, spin_ns, num_warps=4)
+    launch(_sm_ids_kernel, (out.numel(),), out, spin_ns, num_warps=4)
