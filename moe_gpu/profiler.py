@@ -85,18 +85,33 @@ class ExpertProfiler:
         self._counter_LP = torch.zeros(shape, dtype=torch.int64, device=device)
         self._start_copy()
 
+    @property
+    def counter_LP(self) -> torch.Tensor | None:
+        """int64 device counter, a row per layer, the last column for invalid routes; None before the first step."""
+        return self._counter_LP
+
     def record(self, demand_P: torch.Tensor, layer: int = 0) -> None:
-        """Add one step's histogram (E + 1 bins, the last for invalid routes) of one layer."""
+        """Add one step's histogram (E + 1 bins, the last for invalid routes) of one layer.
+
+        A call inside a backward pass counts nothing: it is a checkpointed layer that is computed again.
+        """
         if demand_P.shape != (self.num_experts + 1,):
             raise ValueError(
                 f"histogram has {demand_P.numel()} bins, expected num_experts + 1 = {self.num_experts + 1}"
             )
         if not 0 <= layer < self.num_layers:
             raise ValueError(f"layer={layer} is outside the profiler's {self.num_layers} layers")
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            return  # in a backward pass: activation checkpointing computes again what was counted
         if self._counter_LP is None:
             self.attach(demand_P.device)
         assert self._counter_LP is not None
-        self._counter_LP[layer].add_(demand_P)
+        if demand_P.device.type != self._counter_LP.device.type:
+            raise ValueError(
+                f"the profiler counts on {self._counter_LP.device} and the layer runs on {demand_P.device}; "
+                f"call attach({str(demand_P.device)!r})"
+            )
+        self._counter_LP[layer].add_(demand_P.to(self._counter_LP.device, non_blocking=True))
         if not torch.compiler.is_compiling() and time.monotonic() - self._last_copy >= self.copy_interval_s:
             self.poll()
 
