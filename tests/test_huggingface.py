@@ -76,7 +76,7 @@ def test_generated_tokens_are_those_of_eager(name):
     enable(model)
     assert torch.equal(model.generate(prompt(), **options), expected)
     assert torch.equal(model.generate(prompt(), **options, cache_implementation="static"), expected)
-    assert model.get_experts_implementation() == {"": "moe_gpu"}
+    assert model.config._experts_implementation == "moe_gpu"
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "nemotron_h"])
@@ -547,10 +547,10 @@ def test_disable_restores_exactly_what_was_there():
     state = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
     for _ in range(2):  # enabling twice is enabling once
         enable(model, ExpertProfiler(6, num_layers=2))
-    assert model.get_experts_implementation() == {"": "moe_gpu"}
+    assert model.config._experts_implementation == "moe_gpu"
     for _ in range(2):
         disable(model)
-        assert model.get_experts_implementation() == {"": "grouped_mm"}
+        assert model.config._experts_implementation == "grouped_mm"
         assert [module.config for module in experts_of(model)] == configs
         assert all(got is kept for got, kept in zip([m.config for m in experts_of(model)], configs, strict=True))
         assert {name: sorted(vars(module)) for name, module in model.named_modules()} == attributes
@@ -565,7 +565,7 @@ def test_transformers_switches_away_as_usual_and_disable_still_restores():
     model(prompt())
     assert profiler.counts_LE() is None
     disable(model)
-    assert model.get_experts_implementation() == {"": "eager"}
+    assert model.config._experts_implementation == "eager"
 
 
 def test_the_name_is_known_after_register_and_a_saved_model_has_no_trace(tmp_path):
@@ -578,7 +578,7 @@ def test_the_name_is_known_after_register_and_a_saved_model_has_no_trace(tmp_pat
     model.save_pretrained(tmp_path)
     assert "moe_gpu" not in (tmp_path / "config.json").read_text()
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="moe_gpu")
-    assert loaded.get_experts_implementation() == {"": "moe_gpu"}
+    assert loaded.config._experts_implementation == "moe_gpu"
     check_outcome(run(loaded), expected)
 
 
@@ -592,8 +592,8 @@ def test_copies_of_an_enabled_model_are_served_and_count_nothing():
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(other(prompt()).logits, expected)
         disable(other)
-        assert other.get_experts_implementation() == {"": "eager"}
-    assert model.get_experts_implementation() == {"": "moe_gpu"}
+        assert other.config._experts_implementation == "eager"
+    assert model.config._experts_implementation == "moe_gpu"
     profiler.flush()
     assert torch.equal(profiler.counts_LE(), counted)
 
@@ -670,7 +670,7 @@ def test_a_profiler_that_does_not_fit_is_refused_and_nothing_changes(profiler, s
     model = make_model("qwen3_moe")
     with pytest.raises(ValueError, match=said):
         enable(model, profiler)
-    assert model.get_experts_implementation() == {"": "eager"}
+    assert model.config._experts_implementation == "eager"
 
 
 def test_parts_of_a_model_can_be_enabled():
@@ -682,6 +682,6 @@ def test_parts_of_a_model_can_be_enabled():
     check_outcome(run(model), expected)
     disable(model)
     enable(model.model.layers[1])
-    assert model.get_experts_implementation() == {"": "moe_gpu"}
+    assert model.config._experts_implementation == "moe_gpu"
     disable(model)
-    assert model.get_experts_implementation() == {"": "eager"}
+    assert model.config._experts_implementation == "eager"
