@@ -685,3 +685,12 @@ def test_parts_of_a_model_can_be_enabled():
     assert model.config._experts_implementation == "moe_gpu"
     disable(model)
     assert model.config._experts_implementation == "eager"
+
+
+def test_two_processes_of_transformers_parallelism_and_fsdp_agree_with_one():
+    """Tensor and expert parallelism as transformers 5.17 applies them, and FSDP, which renames the class."""
+    pytest.importorskip("transformers.distributed.tensor_parallel", reason="this transformers shards models otherwise")
+    command = [sys.executable, "-m", "tests.huggingface_parallel"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count(": right") == 4
