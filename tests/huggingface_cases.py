@@ -87,14 +87,14 @@ def make_config(name: str, **changes: Any) -> Any:
     return getattr(transformers, kind)(**{**sizes, **changes})
 
 
-def make_model(name: str, device: str = "cpu", seed: int = 0, **changes: Any) -> nn.Module:
+def make_model(name: str, device: str = "cpu", std: float = 0.2, **changes: Any) -> nn.Module:
     """A random model for evaluation with transformers' own loop over experts, large enough weights to be seen."""
     from transformers import AutoModelForCausalLM
 
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(make_config(name, **changes), experts_implementation="eager")
     for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.2)
+        nn.init.normal_(parameter, std=std)
     return model.eval().to(device)
 
 
@@ -150,18 +150,21 @@ def serve(experts: nn.Module, *arguments: torch.Tensor) -> torch.Tensor:
 
 def routes(experts: nn.Module, num_tokens: int = 40, device: str = "cpu") -> tuple[torch.Tensor, ...]:
     """Random hidden states, ids and weights of two experts a token, in float32."""
+    width = experts.down_proj.shape[2 if experts.is_transposed else 1]
     generator = torch.Generator().manual_seed(3)
     scores = torch.rand(num_tokens, experts.num_experts, generator=generator)
     weights, ids = scores.topk(2, dim=1)
-    hidden = torch.randn(num_tokens, 32, generator=generator)
+    hidden = torch.randn(num_tokens, width, generator=generator)
     return hidden.to(device), ids.to(device), (weights / weights.sum(1, keepdim=True)).to(device)
 
 
-def check_error_rule(experts: nn.Module, dtype: torch.dtype, implementation: Any, device: str = "cpu") -> None:
+def check_error_rule(
+    experts: nn.Module, dtype: torch.dtype, implementation: Any, device: str = "cpu", num_tokens: int = 40
+) -> None:
     """Output and gradients of `implementation` in `dtype` against transformers' loop in float64 and in `dtype`."""
     results = {}
     experts.to(device, dtype)  # the truth is that of the rounded weights and inputs
-    hidden, ids, weights = routes(experts, device=device)
+    hidden, ids, weights = routes(experts, num_tokens, device)
     hidden, weights = hidden.to(dtype), weights.to(dtype)
     for kind in (torch.float64, dtype, "served"):
         to = dtype if kind == "served" else kind

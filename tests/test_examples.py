@@ -90,9 +90,7 @@ def test_transformers_example_names_what_it_needs(run_example, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     status, output, errors = run_example("enable_transformers.py")
     assert (status, output) == (2, "")
-    assert errors == (
-        "enable_transformers.py: error: this example needs transformers; pip install 'moe-gpu[hf]'\n"
-    )
+    assert errors == ("enable_transformers.py: error: this example needs transformers; pip install 'moe-gpu[hf]'\n")
 
 
 def test_ctrl_c_in_an_example_is_one_line_and_status_130(tmp_path, run_example, monkeypatch):

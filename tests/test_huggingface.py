@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -694,3 +695,24 @@ def test_two_processes_of_transformers_parallelism_and_fsdp_agree_with_one():
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count(": right") == 4
+
+
+def test_the_benchmark_script_checks_what_it_times_and_runs_anywhere_when_quick(tmp_path, monkeypatch, capsys):
+    from moe_gpu.results import BenchmarkRow, read_rows, select
+
+    script = runpy.run_path(str(ROOT / "benchmarks" / "run_huggingface.py"))
+    output = tmp_path / "rows.jsonl"
+    monkeypatch.setattr(sys, "argv", ["run_huggingface.py", "--quick", "--section", "training", str(output)])
+    assert script["main"]() == 0
+    rows = select(read_rows(output), BenchmarkRow)
+    assert [(row.provider, row.status) for row in rows] == [
+        (name, "ok") for name in ("moe_gpu", "transformers_grouped_mm", "transformers_batched_mm", "transformers_eager")
+    ]
+    assert all(row.max_error <= row.allowed_error and row.p50_ms > 0 for row in rows)
+    mapping = transformers.integrations.moe.ExpertsInterface._global_mapping
+    monkeypatch.setitem(mapping, "grouped_mm", zeros_forward)  # a wrong one is not timed, and the others go on
+    assert script["main"]() == 0
+    wrong = {row.provider: row for row in select(read_rows(output), BenchmarkRow)}["transformers_grouped_mm"]
+    assert (wrong.status, wrong.p50_ms) == ("wrong", None)
+    assert "off by" in wrong.reason
+    assert "wrong" in capsys.readouterr().out

@@ -9,16 +9,7 @@ from moe_gpu import ExpertProfiler, enable
 
 pytest.importorskip("transformers.integrations.moe", reason="transformers with its experts interface is not installed")
 
-from tests.huggingface_cases import (  # noqa: E402 they need transformers
-    check_error_rule,
-    check_outcome,
-    experts_of,
-    make_model,
-    prompt,
-    routes,
-    run,
-    serve,
-)
+from tests.huggingface_cases import check_error_rule, check_outcome, experts_of, make_model, prompt, routes, run, serve
 
 # The interpreter is slow: one layer with experts each.
 SMALLER = {
