@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import re
 import runpy
 import subprocess
 import sys
@@ -109,6 +110,22 @@ def test_a_training_step_traces_into_one_graph(name):
     torch._dynamo.reset()
     model.forward = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
     check_outcome(run(model), expected)
+
+
+def test_by_name_alone_a_compiled_model_takes_any_length(monkeypatch):
+    """The first call of all is a traced one: nothing was prepared by `enable` or by an eager call."""
+    from moe_gpu.huggingface import forward, register
+
+    register()
+    monkeypatch.setattr(forward, "_OPS", {})
+    model = make_model("gpt_oss", num_hidden_layers=1)
+    model.set_experts_implementation("moe_gpu")
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch.no_grad():
+        for length in (9, 4):
+            got = compiled(prompt()[:, :length], use_cache=False).logits
+            assert torch.equal(got, model(prompt()[:, :length], use_cache=False).logits)
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "nemotron_h"])
@@ -642,9 +659,12 @@ def test_routes_are_counted_by_layer_and_expert():
     assert profiler.snapshot(1).counts_E == expected[1]
 
 
-@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
-def test_gradient_checkpointing_counts_once_and_changes_no_gradient(reentrant):
-    model = make_model("qwen3_moe")
+CHECKPOINTING = {"reentrant": (True, False), "not reentrant": (False, False), "compiled": (False, True)}
+
+
+@pytest.mark.parametrize(("reentrant", "compiled"), CHECKPOINTING.values(), ids=CHECKPOINTING)
+def test_gradient_checkpointing_counts_once_and_changes_no_gradient(reentrant, compiled):
+    model = make_model("qwen3_moe", use_cache=False)
     expected = run(model)
     profiler = ExpertProfiler(6, num_layers=2)
     enable(model, profiler)
@@ -654,8 +674,12 @@ def test_gradient_checkpointing_counts_once_and_changes_no_gradient(reentrant):
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     model.enable_input_require_grads()
     model.train()
+    if compiled:
+        torch._dynamo.reset()
+        profiler.attach("cpu")
+        model.forward = torch.compile(model.forward, backend="aot_eager")
     check_outcome(run(model), expected)
-    assert len(calls) == 4  # each layer twice
+    assert compiled or len(calls) == 4  # each layer twice
     profiler.flush()
     assert profiler.counts_LE().sum(1).tolist() == [2 * 9 * 2] * 2
 
@@ -716,3 +740,9 @@ def test_the_benchmark_script_checks_what_it_times_and_runs_anywhere_when_quick(
     assert (wrong.status, wrong.p50_ms) == ("wrong", None)
     assert "off by" in wrong.reason
     assert "wrong" in capsys.readouterr().out
+
+
+def test_the_example_of_the_page_runs(capsys):
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "huggingface.md").read_text(), re.DOTALL)
+    exec(compile(block, "docs/huggingface.md", "exec"), {})
+    assert "2 of 2 modules with experts are served" in capsys.readouterr().out
