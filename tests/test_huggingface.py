@@ -698,6 +698,50 @@ def test_a_profiler_that_does_not_fit_is_refused_and_nothing_changes(profiler, s
     assert model.config._experts_implementation == "eager"
 
 
+class Wrapper(nn.Module):
+    """What PEFT puts in an experts module's place."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+
+    def forward(self, *arguments):
+        return self.base_layer(*arguments)
+
+
+def test_a_wrapped_module_is_found_inside_its_wrapper():
+    model = make_model("qwen3_moe")
+    expected = run(model)
+    for layer in model.model.layers:
+        layer.mlp.experts = Wrapper(layer.mlp.experts)
+    report = enable(model)
+    assert [row.module for row in report.modules] == [f"model.layers.{i}.mlp.experts.base_layer" for i in range(2)]
+    torch.testing.assert_close(run(model).logits, expected.logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("num_tokens", [0, 1])
+def test_no_token_and_one_token(name, num_tokens):
+    experts = experts_of(make_model(name))[0]
+    hidden, ids, weights = routes(experts, num_tokens)
+    got = serve(experts, hidden.requires_grad_(), ids, weights)
+    assert got.shape == (num_tokens, 32)
+    torch.testing.assert_close(got, type(experts).forward(experts, hidden, ids, weights), atol=1e-5, rtol=1e-5)
+    got.sum().backward()
+    assert torch.isfinite(experts.down_proj.grad).all()
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_inputs_need_not_be_contiguous_and_are_not_written(name):
+    experts = experts_of(make_model(name))[0]
+    hidden, ids, weights = routes(experts)
+    wide = torch.cat([hidden, hidden], 1)[:, :32]
+    strided = (wide, ids.repeat(1, 2)[:, :2], weights.t().contiguous().t())
+    kept = [tensor.clone() for tensor in strided]
+    torch.testing.assert_close(serve(experts, *strided), serve(experts, hidden, ids, weights))
+    assert all(torch.equal(now, before) for now, before in zip(strided, kept, strict=True))
+
+
 def test_parts_of_a_model_can_be_enabled():
     """A wrapper around a model, and one layer of it: the choice is its configuration's, as in transformers."""
     model = make_model("qwen3_moe")

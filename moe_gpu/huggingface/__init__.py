@@ -113,7 +113,9 @@ def _choose(config: Any, implementation: str | None) -> None:
 
 
 def _has_experts(name: str, module: nn.Module) -> bool:
-    """Whether a module outside the interface is worth a line in the report."""
+    """Whether a module outside the interface is worth a line in the report: it has experts, not a module that has."""
+    if any(in_interface(inner) for inner in module.modules()):
+        return False
     stacked = hasattr(module, "num_experts") and any(p.dim() == 3 for p in module.parameters(recurse=False))
     return stacked or name.rsplit(".", 1)[-1] == "experts"
 
