@@ -10,6 +10,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -197,6 +198,39 @@ def test_a_gate_of_the_modules_own_is_called():
             h = experts.down_proj[expert] @ clamped(experts.gate_up_proj[expert] @ hidden[token])
             expected[token] += weights[token, k] * h
     torch.testing.assert_close(serve(experts, *arguments), expected, atol=1e-5, rtol=1e-5)
+
+
+OWN_GATES = {
+    "deepseek_v4": "DeepseekV4Experts",
+    "glm5_next": "Glm5NextTextExperts",
+    "hy_v4": "HYV4Experts",
+    "minimax_m3_vl": "MiniMaxM3VLExperts",
+    "openai_privacy_filter": "OpenAIPrivacyFilterExperts",
+}
+
+
+@pytest.mark.parametrize(("model", "experts_class"), OWN_GATES.items(), ids=OWN_GATES)
+def test_every_gate_that_transformers_has_is_called(model, experts_class):
+    """The experts classes with a gate of their own that no model above has; the limit is low, so that it clamps."""
+    module = f"transformers.models.{model}.modeling_{model}"
+    classes = pytest.importorskip(module, reason=f"this transformers has no {model}")
+    config = SimpleNamespace(
+        _experts_implementation="eager",
+        num_local_experts=6,
+        num_experts=6,
+        hidden_size=32,
+        intermediate_size=24,
+        moe_intermediate_size=24,
+        hidden_act="silu",
+        swiglu_limit=0.5,
+        swiglu_alpha=1.702,
+    )
+    torch.manual_seed(0)
+    experts = getattr(classes, experts_class)(config)
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    expected = experts(*routes(experts))
+    torch.testing.assert_close(serve(experts, *routes(experts)), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_an_activation_that_somebody_watches_is_called():

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from moe_gpu.huggingface.coverage import CoverageReport, ModuleCoverage
-from moe_gpu.huggingface.forward import ATTACHMENT, Attachment, bind, operations
+from moe_gpu.huggingface.forward import ATTACHMENT, Attachment, experts_forward, operations
 from moe_gpu.huggingface.layout import FP8, Conventions, describe, in_interface, up_name, why_not
 from moe_gpu.profiler import ExpertProfiler
 
@@ -42,7 +42,7 @@ def register() -> Conventions:
             functions[getattr(activations, name)] = function
     # Without a default gate to compare with, every module's own gate is called.
     conventions = Conventions(getattr(moe, "_default_apply_gate", None), functions)
-    forward = bind(conventions)
+    forward = functools.partial(experts_forward, conventions)
     for interface in interfaces:
         interface.register(NAME, forward)
     return conventions

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -92,8 +91,3 @@ def _experts_with_own_gate(
     a_RI = experts._apply_gate(h_RG) if experts.has_gate else experts.act_fn(h_RG)
     y_RO = ops.grouped_gemm(a_RI.to(h_RG.dtype), weights.down_EOI, routing.offsets_P, weights.down_bias_EO)
     return ops.combine(y_RO, routing)
-
-
-def bind(conventions: Conventions) -> Any:
-    """`experts_forward` as transformers calls it."""
-    return functools.partial(experts_forward, conventions)
