@@ -31,6 +31,7 @@ from tests.huggingface_cases import (  # noqa: E402 they need transformers
     check_error_rule,
     check_outcome,
     experts_of,
+    make_fp8,
     make_model,
     prompt,
     routes,
@@ -375,41 +376,6 @@ def test_autocast_computes_in_its_dtype_and_returns_that_of_the_hidden_states(na
     assert 1e-4 < (got - exact).abs().max() <= 2 * eager_error
     got.sum().backward()
     assert experts.down_proj.grad.dtype == torch.float32
-
-
-def quantise(weight: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """float8 values and the scale of each block, to be multiplied."""
-    tiles = weight.view(weight.shape[0], weight.shape[1] // block[0], block[0], -1, block[1])
-    scale = tiles.abs().amax((2, 4)) / torch.finfo(torch.float8_e4m3fn).max
-    values = (tiles / scale[:, :, None, :, None]).view(weight.shape).to(torch.float8_e4m3fn)
-    return values, scale
-
-
-def make_fp8(scale_fmt: str = "float", block: tuple[int, int] | None = (16, 8)) -> tuple[nn.Module, nn.Module]:
-    """A model whose experts are transformers' FP8Experts, and its twin with the dequantised values in float32."""
-    from transformers import FineGrainedFP8Config
-    from transformers.integrations.finegrained_fp8 import replace_with_fp8_linear
-
-    twin = make_model("qwen3_moe")
-    model = copy.deepcopy(twin)
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    config = FineGrainedFP8Config(weight_block_size=block, scale_fmt=scale_fmt)
-    replace_with_fp8_linear(model, modules_to_not_convert=names, quantization_config=config)
-    for plain, experts in zip(experts_of(twin), experts_of(model), strict=True):
-        assert type(experts).__name__ == "FP8Experts"
-        for name in ("gate_up_proj", "down_proj"):
-            weight = getattr(plain, name).data
-            if block is None:  # a scale for the gate half and one for the up half
-                whole = (weight.shape[1] // getattr(experts, f"{name}_scale_inv").shape[1], weight.shape[2])
-            values, scale = quantise(weight, block or whole)
-            if scale_fmt == "ue8m0":
-                scale = scale.log2().ceil().exp2().to(torch.float8_e8m0fnu)
-            setattr(experts, name, nn.Parameter(values, requires_grad=False))
-            setattr(experts, f"{name}_scale_inv", nn.Parameter(scale, requires_grad=False))
-            rows, columns = (weight.shape[i + 1] // scale.shape[i + 1] for i in range(2))
-            full = scale.float().repeat_interleave(rows, 1).repeat_interleave(columns, 2)
-            getattr(plain, name).data.copy_(values.float() * full)
-    return model, twin
 
 
 @pytest.mark.parametrize("scale_fmt", ["float", "ue8m0"])

@@ -15,6 +15,7 @@ from tests.huggingface_cases import (
     check_error_rule,
     check_outcome,
     experts_of,
+    make_fp8,
     make_model,
     prompt,
     routes,
@@ -79,6 +80,14 @@ def test_generated_tokens_are_those_of_eager(name):
     assert torch.equal(profiler.counts_LE().sum(1), 2 * counted)
     assert model.config._experts_implementation == "moe_gpu"
     disable(model)
+
+
+@pytest.mark.parametrize("scale_fmt", ["float", "ue8m0"])
+def test_fp8_experts_are_served_by_dequantised_weights(scale_fmt):
+    model, twin = (one.to("cuda") for one in make_fp8(scale_fmt))
+    expected = run(twin).logits
+    enable(model)
+    torch.testing.assert_close(run(model).logits, expected, atol=2e-5, rtol=0)
 
 
 def test_a_forward_pass_never_waits_for_the_device():
