@@ -19,6 +19,7 @@ _HOMES = {
     "slices.plan": ("ExpertAllocation", "GPUSlice", "SlicePlan"),
     "slices.policies": ("LoadProfile", "SliceAllocationPolicy"),
     "triton_kernels.ops": ("TritonExpertOps",),
+    "huggingface": ("CoverageReport", "disable", "enable"),
     "benchmark": ("MoEBenchmark", "run_full_benchmark", "run_quick_benchmark"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from moe_gpu.benchmark import MoEBenchmark, run_full_benchmark, run_quick_benchmark
     from moe_gpu.config import PRESETS, Activation, MoEConfig, RouterConfig
     from moe_gpu.gpu_slice_manager import AdvancedGPUSliceManager, GPUSliceOptimizer
+    from moe_gpu.huggingface import CoverageReport, disable, enable
     from moe_gpu.model import AdvancedMoELayer, Expert, MoELayer, MoEStats
     from moe_gpu.profiler import ExpertProfiler, ExpertSnapshot, RoutingTrace
     from moe_gpu.reference import ExpertWeights, Routing

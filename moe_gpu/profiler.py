@@ -131,8 +131,16 @@ class ExpertProfiler:
         self._state_LS = torch.zeros(shape, dtype=torch.int64, device=device)
         self._start_copy()
 
+    @property
+    def state_LS(self) -> torch.Tensor | None:
+        """The int64 device counters, a row per layer as `load_state_size` says; None before the first step."""
+        return self._state_LS
+
     def record(self, demand_P: torch.Tensor, layer: int = 0) -> None:
-        """Add one step's histogram (E + 1 bins, the last for invalid routes) of one layer."""
+        """Add one step's histogram (E + 1 bins, the last for invalid routes) of one layer.
+
+        A call inside a backward pass counts nothing: it is a checkpointed layer that is computed again.
+        """
         if demand_P.shape != (self.num_experts + 1,):
             raise ValueError(
                 f"histogram has {demand_P.numel()} bins, expected num_experts + 1 = {self.num_experts + 1}"
@@ -142,6 +150,12 @@ class ExpertProfiler:
         if self._state_LS is None:
             self.attach(demand_P.device)
         assert self._state_LS is not None
+        if demand_P.device.type != self._state_LS.device.type:
+            raise ValueError(
+                f"the profiler counts on {self._state_LS.device} and the layer runs on {demand_P.device}; "
+                f"call attach({str(demand_P.device)!r})"
+            )
+        demand_P = demand_P.to(self._state_LS.device, non_blocking=True)
         if self._by_triton:
             torch.ops.moe_gpu.count_load(self._state_LS[layer], demand_P)
         else:

@@ -12,6 +12,7 @@ Routing works on any dtype; the products run in the dtype of their inputs, so fl
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -195,7 +196,8 @@ def sort_routes_reference(
     device = topk_ids_TK.device
     ids = topk_ids_TK.reshape(-1).to(torch.int64)
     bins = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts)
-    demand = torch.bincount(bins, minlength=num_experts + 1)
+    # Not torch.bincount, whose output has a size that depends on the data: no graph could hold it.
+    demand = bins.new_zeros(num_experts + 1).scatter_add_(0, bins, torch.ones_like(bins))
     order = torch.sort(bins, stable=True).indices
     first = demand.cumsum(0) - demand
     rank = torch.empty_like(order)
@@ -257,15 +259,21 @@ def grouped_gemm_reference(
     return torch.cat(pieces)
 
 
-def experts_reference(x_TH: torch.Tensor, routing: Routing, weights: ExpertWeights, activation: str) -> torch.Tensor:
+def experts_reference(
+    x_TH: torch.Tensor,
+    routing: Routing,
+    weights: ExpertWeights,
+    activation: str,
+    grouped_gemm: Callable[..., torch.Tensor] = grouped_gemm_reference,
+) -> torch.Tensor:
     """The whole expert part: permute, up, activation, (mid, activation,) down, combine; (T, O)."""
     rows = x_TH.index_select(0, routing.row_token_R)  # those past the last offset are not read
     offsets = routing.offsets_P
-    h = activate_reference(grouped_gemm_reference(rows, weights.up_EGH, offsets, weights.up_bias_EG), activation)
+    h = activate_reference(grouped_gemm(rows, weights.up_EGH, offsets, weights.up_bias_EG), activation)
     if weights.mid_EII is not None:
-        h = grouped_gemm_reference(h, weights.mid_EII, offsets, weights.mid_bias_EI)
+        h = grouped_gemm(h, weights.mid_EII, offsets, weights.mid_bias_EI)
         h = activate_reference(h, activation)
-    return combine_reference(grouped_gemm_reference(h, weights.down_EOI, offsets, weights.down_bias_EO), routing)
+    return combine_reference(grouped_gemm(h, weights.down_EOI, offsets, weights.down_bias_EO), routing)
 
 
 def load_balancing_loss(logits_TE: torch.Tensor, demand_E: torch.Tensor, top_k: int) -> torch.Tensor:

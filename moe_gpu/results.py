@@ -81,8 +81,8 @@ class BenchmarkRow:
     dtype: str
     routing: str  # "uniform", "zipf-1.2", "trace", ...
     mode: str  # "forward", "backward" or "forward+backward"
-    launch: str = "eager"  # or "graph"
-    scope: str = "layer"  # router included; "experts" from given ids
+    launch: str = "eager"  # or "graph"; "compiled" by torch.compile
+    scope: str = "layer"  # router included; "experts" from given ids; "4 decoder layers" of a whole model
     reason: str | None = None
     backend: str | None = None  # which backend served it, in the provider's words
     samples: int | None = None

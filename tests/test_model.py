@@ -13,6 +13,7 @@ from moe_gpu.model import _ANNOUNCED, AdvancedMoELayer, Expert, MoELayer, SliceA
 from moe_gpu.profiler import ExpertProfiler
 from moe_gpu.slices.plan import GPUSlice
 from moe_gpu.triton_kernels.ops import TritonExpertOps
+from tests.operator_cases import check_fullgraph
 
 SIZES = dict(input_dim=12, expert_dim=12, hidden_dim=20, num_experts=5, top_k=2)
 VARIANTS = {
@@ -348,3 +349,24 @@ def test_a_slice_is_said_to_do_only_what_it_does():
     assert "nothing keeps other kernels off them" in budget.reason
     layer.use_slice(None)
     assert layer.ops.sm_budget is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_reference_backend_traces_without_a_break(dtype):
+    check_fullgraph("cpu", dtype)
+
+
+@pytest.mark.parametrize("biased", [True, False], ids=["bias", "no bias"])
+def test_the_traced_grouped_product_is_a_correct_operator(biased):
+    """The rows of an empty expert and of none: shapes, gradients and aliasing as PyTorch checks them."""
+    TritonExpertOps("cpu")  # registers it
+    a, w = torch.randn(7, 3, requires_grad=True), torch.randn(4, 5, 3, requires_grad=True)
+    bias = torch.randn(4, 5, requires_grad=True) if biased else None
+    offsets = torch.tensor([0, 2, 2, 5, 6], dtype=torch.int32)
+    operator = torch.ops.moe_gpu.grouped_gemm_reference
+    torch.library.opcheck(operator.default, (a, w, offsets, bias))
+    leaves = [a, w] if bias is None else [a, w, bias]
+    results = [call(a, w, offsets, bias) for call in (operator, reference.grouped_gemm_reference)]
+    grads = [torch.autograd.grad(out.square().sum(), leaves) for out in results]
+    for got, expected in zip((results[0], *grads[0]), (results[1], *grads[1]), strict=True):
+        assert torch.equal(got, expected)

@@ -118,6 +118,32 @@ def test_a_histogram_or_layer_that_does_not_fit_is_refused():
         profiler.record(torch.zeros(5, dtype=torch.int32), layer=1)
 
 
+def test_a_histogram_from_another_kind_of_device_is_refused():
+    profiler = ExpertProfiler(4)
+    profiler.attach("cpu")
+    with pytest.raises(ValueError, match=r"counts on cpu and the layer runs on meta; call attach\('meta'\)"):
+        profiler.record(torch.zeros(5, dtype=torch.int32, device="meta"))
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
+def test_a_checkpointed_layer_is_counted_once(reentrant):
+    from torch.utils.checkpoint import checkpoint
+
+    profiler = ExpertProfiler(2)
+    calls = []
+
+    def layer(x):
+        calls.append(1)
+        profiler.record(demand(4, 2))
+        return x * x
+
+    x = torch.ones(3, requires_grad=True)
+    checkpoint(layer, x, use_reentrant=reentrant).sum().backward()
+    profiler.flush()
+    assert len(calls) == 2
+    assert profiler.counts_LE().tolist() == [[4, 2]]
+
+
 @pytest.fixture
 def trace():
     ids = torch.tensor([[[0, 1], [2, 1], [3, 0]], [[1, 0], [1, 2], [1, 3]]])
