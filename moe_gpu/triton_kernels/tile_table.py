@@ -12,7 +12,6 @@ import functools
 import json
 import logging
 import math
-import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -22,13 +21,12 @@ from typing import Any
 
 import torch
 
-from moe_gpu.results import Ceiling, Machine, write_atomically
+from moe_gpu.results import Ceiling, Machine, cache_directory, write_atomically
 from moe_gpu.triton_kernels.tuning import KINDS, GemmConfig, HopperConfig, cdiv, gemm_config, next_power_of_2
 
 logger = logging.getLogger("moe_gpu")
 
 SCHEMA = 1
-CACHE_VARIABLE = "MOE_GPU_CACHE"
 MAX_ROWS_PER_EXPERT = 4096  # the last bucket holds all beyond
 # A shape serves for another whose N and K differ by no more than this factor, multiplied together.
 NEAR = 4.0
@@ -180,8 +178,7 @@ def _file_name(device_name: str) -> str:
 
 def cache_path(device_name: str) -> Path:
     """The user's table for a GPU model: under MOE_GPU_CACHE, by default ~/.cache/moe_gpu."""
-    folder = os.environ.get(CACHE_VARIABLE) or os.path.expanduser("~/.cache/moe_gpu")
-    return Path(folder) / "tiles" / _file_name(device_name)
+    return cache_directory() / "tiles" / _file_name(device_name)
 
 
 def shipped_path(device_name: str) -> Path:
