@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,9 +74,15 @@ def _start() -> Any:
     return pynvml
 
 
+def _refusals(library: Any) -> tuple[type[Exception], ...]:
+    """What nvidia-ml-py raises: NVML's codes, and since release 13 a driver too old for a call's newest form."""
+    mismatch = getattr(library, "NVMLLibraryMismatchError", None)
+    return (library.NVMLError,) if mismatch is None else (library.NVMLError, mismatch)
+
+
 def _typed(library: Any, error: Any, what: str) -> NvmlError:
-    """The error class of an NVMLError."""
-    code = getattr(error, "value", None)
+    """The error class of a refusal."""
+    code = getattr(error, "value", library.NVML_ERROR_FUNCTION_NOT_FOUND)
     names = (name for name in vars(library) if name.startswith("NVML_ERROR_") and getattr(library, name) == code)
     name = next(names, f"NVML_ERROR_{code}").removeprefix("NVML_ERROR_")
     return _KINDS.get(name, NvmlError)(name, what)
@@ -189,15 +195,13 @@ class Device:
 
     def close(self) -> None:
         """Let NVML go; no reading may follow."""
-        try:
+        with suppress(self._library.NVMLError):  # the driver may have gone first
             self._library.nvmlShutdown()
-        except self._library.NVMLError:  # the driver went first
-            pass
 
     def _read(self, what: str, call: Callable[[Any, Any], Any]) -> Any:
         try:
             return call(self._library, self._handle)
-        except self._library.NVMLError as error:
+        except _refusals(self._library) as error:
             raise _typed(self._library, error, what) from error
 
     def driver_version(self) -> str | None:

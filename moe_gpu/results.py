@@ -1,7 +1,8 @@
 """Result rows: what was run on what, one JSON object a line. The only way numbers reach a plot, a table or a page.
 
 A file is a sequence of rows; `kind` says which: `machine` (once, first), `ceiling`, `benchmark`, `training`,
-`expert_load`, `tile`, `energy`, `attribution`, `attribution_sum`, `finding`. Unknown is None, never 0. Units stand in the names.
+`expert_load`, `tile`, `energy`, `attribution`, `attribution_sum`, `finding`. Unknown is None, never 0. Units stand in
+the names.
 """
 
 from __future__ import annotations
@@ -165,8 +166,8 @@ class EnergyMeasurement:
 
     quality: "ok"; "short" (fewer than 20 ticks), "contaminated" (clocks held down, or other processes on the GPU), both
     joined by "+"; or "invalid", and `reason` says why. source: "counter", or "integrated" from power where the GPU has
-    no counter. scope: "gpu", or "parent_gpu" where a MIG device's GPU was read. stderr_j is of the reading's scatter; the
-    meter's own gain, up to 5 % a board, is in none of it. net_energy_j is above the idle GPU's.
+    no counter. scope: "gpu", or "parent_gpu" where a MIG device's GPU was read. stderr_j is of the readings' scatter;
+    the meter's own gain, up to 5 % a board, is not in it. net_energy_j is above the idle GPU's.
     """
 
     kind: ClassVar[str] = "energy"

@@ -66,7 +66,7 @@ def open_meter(device: Any = None) -> Meter:
             return Device(name)
         except NvmlUnavailableError:
             # PyTorch names a MIG device by the UUID that NVML knows with another prefix.
-            if name is None or not name.startswith("GPU-") or isinstance(device, str) and device.startswith("GPU-"):
+            if name is None or not name.startswith("GPU-") or device == name:
                 raise
             return Device(name.replace("GPU-", "MIG-", 1))
     except EnergyUnavailableError:
@@ -370,7 +370,8 @@ class EnergyMonitor:
         reason = window.spoiled or reader.lost or _discarded(readings, times_s, duration_s, reader.source)
         self._warn_of_permission(readings)
         if reason is None and (slope is None or slope.watts <= 0):
-            reason = f"{len(readings.ticks)} ticks of the counter in {duration_s:.3g} s; a window needs 2 and is good from 20"
+            found = f"{len(readings.ticks)} ticks of the counter in {duration_s:.3g} s"
+            reason = f"{found}; a window needs 2, and {ENOUGH_TICKS} to be good"
         if reason is not None or slope is None:
             return EnergyMeasurement(**common, reason=reason)
         energy_j = slope.watts * duration_s

@@ -17,7 +17,7 @@ from moe_gpu.nvml import GpuLostError, NotSupportedError, NvmlError
 
 # How long a reading may have been away for a tick that it finds to count: its moment is known to half of that.
 MAX_AWAY_S = 0.05
-# Between readings of power where there is no counter, and of utilisation and clocks: as often as the driver renews them.
+# Between readings of power where there is no counter, and of utilisation and clocks: as often as they are renewed.
 SLOW_S = 0.1
 
 

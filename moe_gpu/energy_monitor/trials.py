@@ -48,7 +48,7 @@ class EnergyTrials:
 
     @property
     def stderr_j_per_call(self) -> float | None:
-        """Of the mean: from the scatter between windows, or within them where that is more; None if neither is known."""
+        """Of the mean: from the scatter between windows, or within them where that is more; None if unknown."""
         per_call = _per_call(self.valid)
         inside = [w.stderr_j / w.calls for w in self.valid if w.stderr_j is not None and w.calls]
         parts = [statistics.stdev(per_call) / math.sqrt(len(per_call))] if len(per_call) > 1 else []
@@ -239,6 +239,20 @@ class Ratio:
         verdict = above if mean - reach > 0 else below if mean + reach < 0 else "inconclusive"
         return cls(math.exp(mean), math.exp(mean - reach), math.exp(mean + reach), verdict)
 
+    def inverse(self) -> Ratio:
+        """Of rates the ratio of times; the verdict stays."""
+        value, high, low = (None if bound is None else 1 / bound for bound in (self.value, self.low, self.high))
+        return Ratio(value, low, high, self.verdict)
+
+    def times(self, other: Ratio) -> Ratio:
+        """The product of two ratios of which less is better, its interval by both at their ends: never too narrow."""
+        value, low, high = (
+            None if a is None or b is None else a * b
+            for a, b in ((self.value, other.value), (self.low, other.low), (self.high, other.high))
+        )
+        worse, better = low is not None and low > 1, high is not None and high < 1
+        return Ratio(value, low, high, "worse" if worse else "better" if better else "inconclusive")
+
 
 @dataclass(frozen=True)
 class PerformanceComparison:
@@ -360,9 +374,7 @@ def select_sm_slice(
     """
     sizes = sorted(set(candidates), reverse=True)
     if len(sizes) < 2 or sizes[-1] < 1:
-        raise ValueError(
-            f"candidates={list(candidates)} must hold the whole GPU and at least one smaller number of SMs"
-        )
+        raise ValueError(f"candidates={list(candidates)} must hold the whole GPU and a smaller number of SMs")
     if objective not in OBJECTIVES:
         raise ValueError(f"objective={objective!r} is not one of {', '.join(OBJECTIVES)}")
     if not max_slowdown >= 1:
@@ -382,9 +394,9 @@ def select_sm_slice(
     ratios: dict[int, tuple[Ratio, Ratio]] = {}
     for size in sizes[1:]:
         compared = compare_trials(trials[full], trials[size])
-        rate = compared.throughput
-        slower = Ratio(*(None if v is None else 1 / v for v in (rate.value, rate.high, rate.low)), rate.verdict)
-        ratios[size] = (_objective(objective, compared.energy, slower), slower)
+        slower = compared.throughput.inverse()
+        cost = compared.energy if objective == "joules_per_token" else compared.energy.times(slower)
+        ratios[size] = (cost, slower)
     best = min(
         (size for size, (cost, slower) in ratios.items() if _below(cost.high, 1) and _below(slower.high, max_slowdown)),
         key=lambda size: ratios[size][0].value or math.inf,
@@ -403,11 +415,3 @@ def select_sm_slice(
 
 def _below(value: float | None, limit: float) -> bool:
     return value is not None and value < limit
-
-
-def _objective(objective: str, energy: Ratio, slower: Ratio) -> Ratio:
-    if objective == "joules_per_token" or energy.value is None or slower.value is None:
-        return energy
-    # Both intervals at their ends: wider than need be where the two vary together.
-    bounds = (energy.value, slower.value), (energy.low, slower.low), (energy.high, slower.high)
-    return Ratio(*(None if a is None or b is None else a * b for a, b in bounds), "inconclusive")
