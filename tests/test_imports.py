@@ -16,7 +16,7 @@ PACKAGE = ROOT / "moe_gpu"
 
 LEAVES = {"config", "reference", "results", "nvml"}
 MANAGERS = {"profiler", "gpu_slice_manager", "expert_cache", "cuda_graph_manager", "energy_monitor", "energy_model"}
-LAYERS = LEAVES | MANAGERS | {"triton_kernels", "expert_parallel", "model"}
+LAYERS = LEAVES | MANAGERS | {"energy_work", "triton_kernels", "expert_parallel", "model"}
 TOOLS = {"benchmark", "training", "plots", "report", "console"}
 
 # Room -> the rooms it may import (itself always). A room is a module of moe_gpu, or a folder of modules.
@@ -29,7 +29,9 @@ ALLOWED = {
     "triton_kernels": LEAVES,
     "expert_parallel": LEAVES | {"triton_kernels"},
     **dict.fromkeys(MANAGERS, LEAVES),
-    "model": LAYERS,
+    "energy_work": set(),
+    "energy_model": LEAVES | {"energy_monitor", "energy_work"},  # it calibrates on windows
+    "model": LAYERS | {"explain"},  # which tiles serve, for the energy of their padding
     "huggingface": LAYERS,
     "training": LAYERS,
     "benchmark": LAYERS,
@@ -37,7 +39,7 @@ ALLOWED = {
     "report": LEAVES | {"plots"},
     "console": set(),
     "doctor": LAYERS | {"benchmark"},
-    "explain": LAYERS,
+    "explain": LEAVES | {"triton_kernels", "energy_work"},
     "tune": LAYERS | {"benchmark", "console", "explain"},
     "runs": LAYERS | TOOLS | {"explain"},
     "demo": LAYERS | TOOLS | {"runs"},
