@@ -31,7 +31,8 @@ ALLOWED = {
     **dict.fromkeys(MANAGERS, LEAVES),
     "energy_work": set(),
     "energy_model": LEAVES | {"energy_monitor", "energy_work"},  # it calibrates on windows
-    "model": LAYERS | {"explain"},  # which tiles serve, for the energy of their padding
+    "layer_energy": LEAVES | MANAGERS | {"energy_work", "explain", "triton_kernels"},
+    "model": LAYERS | {"layer_energy"},
     "huggingface": LAYERS,
     "training": LAYERS,
     "benchmark": LAYERS,
