@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from moe_gpu import energy as energy_runs
 from moe_gpu.benchmark import MoEBenchmark, run_full_benchmark, run_quick_benchmark
+from moe_gpu.benchmark.measure import EnergyPlan
 from moe_gpu.benchmark.problem import parse_dtype
 from moe_gpu.benchmark.suite import choose_device
 from moe_gpu.benchmark.table import print_rows
@@ -50,12 +52,14 @@ def run_bench(
     full: bool = False,
     routings: Sequence[str] | None = None,
     trace: str | Path | None = None,
+    energy: bool = False,
     **options: Any,
 ) -> list[Row]:
     """Benchmark a layer, print the table and write `results.jsonl`.
 
     preset: `small` by default; sizes (`input_dim`, ...) replace its own. quick, full: the ready-made suites. trace: a
-    file, replayed by default where it is given. options: MoEBenchmark's; None leaves its default.
+    file, replayed by default where it is given. energy: measure it too; EnergyUnavailableError, before any work, where
+    there is none to measure. options: MoEBenchmark's; None leaves its default.
     Raises ValueError before any work for what cannot run.
     """
     if quick and (full or preset):
@@ -67,6 +71,8 @@ def run_bench(
         chosen["trace"] = RoutingTrace.load(trace)
     elif "trace" in chosen.get("routings", ()):
         raise ValueError("--routing trace replays a file; name it with --trace FILE (`moe-gpu demo` records one)")
+    if energy:
+        chosen["energy"] = EnergyPlan(energy_runs.open_monitor(options.get("device"))[1])
     given = _given(sizes)
     if full:
         presets = [preset] if preset else None

@@ -142,7 +142,7 @@ def test_a_block_that_raises_leaves_no_measurement_and_no_open_window():
     _, _, monitor = moved_monitor()
     with pytest.raises(KeyError), monitor.window("work"):
         raise KeyError("mine")
-    assert monitor.measurements == []
+    assert not monitor.measurements
     with pytest.raises(ValueError, match="open: none"):
         monitor.end_window("work")
 

@@ -42,13 +42,25 @@ ALLOWED = {
     "doctor": LAYERS | {"benchmark"},
     "explain": LEAVES | {"triton_kernels", "energy_work"},
     "tune": LAYERS | {"benchmark", "console", "explain"},
-    "runs": LAYERS | TOOLS | {"explain"},
+    "metrics": LAYERS | {"plots"},
+    "energy": LAYERS | {"benchmark", "console", "layer_energy", "metrics"},
+    "runs": LAYERS | TOOLS | {"explain", "energy"},
     "demo": LAYERS | TOOLS | {"runs"},
-    "cli": LAYERS | TOOLS | {"runs", "doctor", "demo", "tune"},
+    "cli": LAYERS | TOOLS | {"runs", "doctor", "demo", "tune", "energy"},
     "__main__": {"cli"},
 }
 
-OPTIONAL = ("triton", "matplotlib", "plotly", "transformers", "pynvml", "scattermoe", "sonicmoe", "triton_kernels")
+OPTIONAL = (
+    "triton",
+    "matplotlib",
+    "plotly",
+    "transformers",
+    "pynvml",
+    "prometheus_client",
+    "scattermoe",
+    "sonicmoe",
+    "triton_kernels",
+)
 # Device code cannot be written without Triton at its top; only ops.py reaches it, and only where Triton serves.
 DOOR = "moe_gpu.triton_kernels.ops"
 

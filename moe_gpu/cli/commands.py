@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from moe_gpu.cli import energy as energy_commands
 from moe_gpu.cli.options import (
     DEVICES,
     DTYPES,
@@ -47,6 +48,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
+
+
+app.add_typer(energy_commands.app, name="energy")
 
 
 @app.callback(invoke_without_command=True)
@@ -112,6 +116,9 @@ def bench(
         bool, typer.Option("--explain", help="Run nothing: print which kernel and tile would serve each product.")
     ] = False,
     sm_budget: Annotated[int | None, count("--sm-budget", "SMs to use (with --explain).")] = None,
+    energy: Annotated[
+        bool, typer.Option("--energy", help="Also measure joules per token, 20 s for each row (needs an NVIDIA GPU).")
+    ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="The small preset, few sizes.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Every preset that fits this device. Takes long.")] = False,
     output_dir: OutputDir = Path("moe-gpu-output"),
@@ -159,6 +166,7 @@ def bench(
             num_iterations=iterations,
             seed=seed,
             device=device,
+            energy=energy,
         )
     if as_json:
         print_rows(rows)
@@ -279,6 +287,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("MOE_GPU_TRACEBACK") == "1":
             raise
         return _fail(str(error))
+    except RuntimeError as error:
+        from moe_gpu.nvml import NvmlUnavailableError
+
+        if not isinstance(error, NvmlUnavailableError) or os.environ.get("MOE_GPU_TRACEBACK") == "1":
+            raise
+        return _fail(str(error), status=1)
     except ImportError as error:
         from moe_gpu.plots import MissingExtraError
 

@@ -9,7 +9,8 @@ import logging
 import os
 import uuid
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from moe_gpu.results import EnergyMeasurement, write_atomically
 logger = logging.getLogger("moe_gpu")
 
 ENOUGH_TICKS = 20
+KEPT_WINDOWS = 4096
 # Share of a window that failed readings may leave unseen at its ends (without a counter: anywhere in it).
 MAX_UNSEEN = 0.2
 MEASUREMENT_COLUMNS = (
@@ -99,6 +101,30 @@ class Window:
 
 
 @dataclass
+class _Totals:
+    """Sums over all ended windows, kept apart so that old windows may be forgotten."""
+
+    tokens: int | None = None
+    without_energy: int = 0
+    counted: int = 0  # windows with tokens and energy; the sums below are of these
+    counted_tokens: int = 0
+    energy_j: float = 0.0
+    variance_j2: float | None = 0.0
+
+    def add(self, m: EnergyMeasurement) -> None:
+        if m.tokens is not None:
+            self.tokens = (self.tokens or 0) + m.tokens
+        if m.energy_j is None:
+            self.without_energy += 1
+        elif m.tokens:
+            self.counted += 1
+            self.counted_tokens += m.tokens
+            self.energy_j += m.energy_j
+            if self.variance_j2 is not None:
+                self.variance_j2 = None if m.stderr_j is None else self.variance_j2 + m.stderr_j**2
+
+
+@dataclass
 class _Expert:
     tokens: float = 0.0
     energy_j: float | None = None
@@ -136,7 +162,8 @@ class EnergyMonitor:
         self.clock, self.run_id = clock, run_id or uuid.uuid4().hex[:12]
         self.reason: str | None = None
         self.idle_w: float | None = None
-        self.measurements: list[EnergyMeasurement] = []
+        self.measurements: deque[EnergyMeasurement] = deque(maxlen=KEPT_WINDOWS)
+        self._totals = _Totals()
         self._synchronise = synchronise or (lambda: None)
         self._device, self._poll_s, self._background = device, poll_s, background
         self._windows: list[Window] = []
@@ -249,20 +276,21 @@ class EnergyMonitor:
 
         Windows that lie inside one another are each counted: give tokens to one of them only.
         """
-        counted = [m for m in self.measurements if m.tokens and m.energy_j is not None]
-        tokens = sum(m.tokens or 0 for m in counted)
-        energy = sum(m.energy_j or 0.0 for m in counted)
-        known_error = counted and all(m.stderr_j is not None for m in counted)
-        stderr = sum((m.stderr_j or 0.0) ** 2 for m in counted) ** 0.5 if known_error else None
+        t, some = self._totals, self._totals.counted > 0
         return {
-            "windows": len(counted),
-            "windows_without_energy": sum(1 for m in self.measurements if m.energy_j is None),
-            "tokens": tokens if counted else None,
-            "energy_j": energy if counted else None,
-            "stderr_j": stderr,
-            "tokens_per_joule": tokens / energy if counted else None,
-            "joules_per_1000_tokens": 1000 * energy / tokens if counted else None,
+            "windows": t.counted,
+            "windows_without_energy": t.without_energy,
+            "tokens": t.counted_tokens if some else None,
+            "energy_j": t.energy_j if some else None,
+            "stderr_j": t.variance_j2**0.5 if some and t.variance_j2 is not None else None,
+            "tokens_per_joule": t.counted_tokens / t.energy_j if some else None,
+            "joules_per_1000_tokens": 1000 * t.energy_j / t.counted_tokens if some else None,
         }
+
+    @property
+    def tokens_total(self) -> int | None:
+        """Tokens of all ended windows that were told them; None before the first."""
+        return self._totals.tokens
 
     def get_expert_comparison(self) -> list[dict[str, Any]]:
         """Every recorded expert: tokens, joules, joules per token, and that over the mean expert's; None is unknown."""
@@ -289,7 +317,7 @@ class EnergyMonitor:
         return rows
 
     def to_csv(self, path: str | Path) -> None:
-        """Write the ended windows as CSV, whole or not at all; what is unknown is empty."""
+        """Write the ended windows (the newest 4096) as CSV, whole or not at all; what is unknown is empty."""
         write_csv(path, MEASUREMENT_COLUMNS, self.measurements)
 
     def _begin(self, name: str) -> Window:
@@ -330,6 +358,7 @@ class EnergyMonitor:
         measurement = self._measure(window, end_ns)
         window.measurement = measurement
         self.measurements.append(measurement)
+        self._totals.add(measurement)
         return measurement
 
     def _measure(self, window: Window, end_ns: int) -> EnergyMeasurement:
@@ -431,7 +460,7 @@ def _close(reader: TickReader, meter: Meter) -> None:
     meter.close()
 
 
-def write_csv(path: str | Path, columns: Sequence[str], rows: Sequence[object]) -> None:
+def write_csv(path: str | Path, columns: Sequence[str], rows: Iterable[object]) -> None:
     """Write fields of dataclasses as CSV, whole or not at all; None is empty."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moe_gpu.energy_monitor.monitor import EnergyMonitor
 from moe_gpu.results import EnergyMeasurement, Finding
@@ -88,6 +88,29 @@ class EnergyTrials:
     def reason(self) -> str | None:
         """Why a window could not be measured, None where all could."""
         return next((window.reason for window in self.windows if window.reason), None)
+
+    def total(self) -> EnergyMeasurement:
+        """The windows that could be measured, as one; ValueError where none could."""
+        if not self.valid:
+            raise ValueError(f"no window of {self.name} could be measured: {self.reason}")
+        errors = [window.stderr_j for window in self.valid]
+        energy, tokens = math.fsum(w.energy_j or 0.0 for w in self.valid), [w.tokens for w in self.valid]
+        counted = sum(t for t in tokens if t is not None) if None not in tokens else None
+        return replace(
+            self.valid[0],
+            duration_s=math.fsum(window.duration_s for window in self.valid),
+            energy_j=energy,
+            stderr_j=None if None in errors else math.sqrt(math.fsum(e * e for e in errors if e is not None)),
+            net_energy_j=None,
+            tokens=counted,
+            calls=sum(window.calls or 0 for window in self.valid),
+            joules_per_token=energy / counted if counted else None,
+            tokens_per_joule=counted / energy if counted else None,
+            temp_end_c=self.valid[-1].temp_end_c,
+            n_ticks=sum(window.n_ticks for window in self.valid),
+            quality=self.quality,
+            failed_reads=sum(window.failed_reads for window in self.valid),
+        )
 
     def mean(self, field: str) -> float | None:
         """Mean of a field over the windows that have it."""
