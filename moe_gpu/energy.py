@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -122,6 +123,7 @@ def run_calibrate(
             monitor=monitor,
             min_duration_s=seconds,
             trials=trials,
+            rest_s=min(0.3, seconds / 10),
             on_trial=progress,
         )
     path = model.save(output)
@@ -237,7 +239,7 @@ def print_energy(rows: Sequence[Row]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
     measured = [row for row in select(rows, BenchmarkRow) if row.energy_quality is not None]
     if measured:
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title="Joules per 1000 tokens", title_justify="left")
@@ -264,16 +266,19 @@ def print_energy(rows: Sequence[Row]) -> None:
         held_out = "not known" if total.held_out_error is None else f"{100 * total.held_out_error:.1f} %"
         console.print(
             f"by expert (modelled): experts {total.dynamic_j:.4g} J, router and combine {total.shared_j:.4g} J, "
-            f"static {total.static_j:.4g} J of {_cell(total.measured_j)} J; closure {closure}, held out {held_out}"
+            f"static {total.static_j:.4g} J of {_cell(total.measured_j)} J; closure {closure}, held out {held_out}",
+            soft_wrap=True,
         )
     for finding in select(rows, Finding):
         interval = "" if finding.low is None else f" (95 % {finding.low:.4g} to {finding.high:.4g})"
         said = f"not measured: {finding.reason}" if finding.value is None else f"{finding.value:.4g} {finding.unit}"
-        console.print(f"{finding.name}: {said}{interval}{f', {finding.verdict}' if finding.verdict else ''}")
+        console.print(
+            f"{finding.name}: {said}{interval}{f', {finding.verdict}' if finding.verdict else ''}", soft_wrap=True
+        )
     unmeasured = [window for window in select(rows, EnergyMeasurement) if window.energy_j is None]
     for reason in dict.fromkeys(window.reason for window in unmeasured):
         count = sum(window.reason == reason for window in unmeasured)
-        console.print(f"{count} windows without energy: {reason}", markup=False)
+        console.print(f"{count} windows without energy: {reason}", markup=False, soft_wrap=True)
 
 
 def _cell(value: float | None, factor: float = 1.0) -> str:

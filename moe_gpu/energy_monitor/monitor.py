@@ -331,9 +331,9 @@ class EnergyMonitor:
                 reader.start()
             elif reader.lost is None:
                 reader.forget_before(min(window.begin_ns for window in self._windows))
-            reader.poll()
         window = Window(name, self.clock.now_ns(), temperature, shared)
         self._windows.append(window)
+        self.poll()  # whatever its length, a window has seen clocks and utilisation once
         return window
 
     def _surroundings(self) -> tuple[float | None, bool | None]:
