@@ -272,9 +272,8 @@ def print_energy(rows: Sequence[Row]) -> None:
     for finding in select(rows, Finding):
         interval = "" if finding.low is None else f" (95 % {finding.low:.4g} to {finding.high:.4g})"
         said = f"not measured: {finding.reason}" if finding.value is None else f"{finding.value:.4g} {finding.unit}"
-        console.print(
-            f"{finding.name}: {said}{interval}{f', {finding.verdict}' if finding.verdict else ''}", soft_wrap=True
-        )
+        verdict = f", {finding.verdict}" if finding.verdict else ""
+        console.print(f"{finding.name}: {said}{interval}{verdict}", markup=False, soft_wrap=True)
     unmeasured = [window for window in select(rows, EnergyMeasurement) if window.energy_j is None]
     for reason in dict.fromkeys(window.reason for window in unmeasured):
         count = sum(window.reason == reason for window in unmeasured)

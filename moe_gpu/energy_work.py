@@ -57,7 +57,7 @@ class LayerWork:
             bytes_E += elements_E * self.element_bytes
         rows_E = counts_SE.sum(0) * scale
         per_row = 2.0 * sum(product.n * product.k for product in self.products)
-        tokens = rows_E.sum() / self.top_k
+        tokens = float(rows_E.sum()) / self.top_k
         return Executed(
             rows_E,
             flops_E * scale / per_row if per_row else rows_E,

@@ -353,3 +353,50 @@ def test_a_meter_without_utilisation_leaves_the_rows_field_empty():
     with EnergyMonitor(meter, synchronise=None, poll_s=0.0005) as monitor:
         rows = small_benchmark(EnergyPlan(monitor, 0.05, 1)).run_comparison()
     assert all(row.gpu_util_pct is None and row.energy_j_per_token for row in select(rows, BenchmarkRow))
+
+
+# The script for a GPU
+
+
+def test_the_gpu_script_records_its_sections_and_goes_on_after_one_that_fails(tmp_path):
+    done = with_fake_nvml(
+        """
+put(tick_ms=2)
+from benchmarks.run_energy import SECTIONS, main
+path = sys.argv[1]
+statuses = [main([path, "--smoke", "--section", "attribute", "--section", "idle"])]  # there is no calibration yet
+some = ["counter", "calibrate", "attribute", "intervention", "zeus"]
+statuses.append(main([path, "--smoke", *(word for name in some for word in ("--section", name))]))
+print(json.dumps([statuses, list(SECTIONS)]))
+""",
+        str(tmp_path / "e.jsonl"),
+        MOE_GPU_CACHE=str(tmp_path / "cache"),
+        FAKE_NVML_TICK_MS="2",
+    )
+    (failed, went_on), sections = json.loads(done.stdout.splitlines()[-1])
+    assert (failed, went_on) == (1, 0)
+    assert len(sections) == 12
+    rows = read_rows(tmp_path / "e.jsonl")
+    findings = {row.name.removeprefix("smoke test, no measurement: "): row for row in select(rows, Finding)}
+    assert all(row.name.startswith("smoke test, no measurement: ") for row in select(rows, Finding))
+    assert "no calibration of" in findings["section attribute"].reason
+    assert findings["section attribute"].value is None
+    assert findings["idle power with a CUDA context"].value == pytest.approx(300, rel=0.1)
+    assert findings["smallest step of the energy counter"].value >= 0.6
+    assert findings["closure of the attribution, T=8"].value >= 0
+    assert findings["held-out error: experts, 16 rows each"].value >= 0
+    assert "predicted over measured difference, 8 experts less 1 experts" in findings
+    assert findings["energy by Zeus over ours"].reason
+    assert (tmp_path / "e.calibration.json").exists()
+    assert select(rows, AttributionRow)
+
+
+def test_the_gpu_script_without_a_gpu_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    from benchmarks.run_energy import main as script
+
+    with pytest.raises(SystemExit) as stop:
+        script([str(tmp_path / "e.jsonl")])
+    assert stop.value.code == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "e.jsonl").exists()

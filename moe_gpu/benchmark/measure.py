@@ -264,12 +264,12 @@ def _row(entry: _Entry, one_pass: Pass, sm_clock_mhz: float | None) -> Benchmark
 
 
 def _energy_fields(trials: EnergyTrials) -> dict[str, Any]:
-    seconds, joules = trials.seconds_per_call, trials.joules_per_call
+    total = trials.total() if trials.valid else None
     return dict(
         energy_j_per_token=trials.joules_per_token,
         energy_stderr_j_per_token=trials.stderr_j_per_token,
         energy_quality=trials.quality,
         gpu_util_pct=trials.mean("gpu_util_pct"),
         mem_util_pct=trials.mean("mem_util_pct"),
-        power_w=joules / seconds if joules is not None and seconds else None,
+        power_w=total.energy_j / total.duration_s if total is not None and total.energy_j else None,
     )
