@@ -9,9 +9,19 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "config": ("Activation", "MoEConfig", "PRESETS", "RouterConfig"),
+    "energy_model": ("EnergyModel", "EnergyReport"),
+    "energy_monitor": (
+        "EnergyMonitor",
+        "EnergyUnavailableError",
+        "PerformanceComparator",
+        "PowerSampler",
+        "measure_energy",
+        "select_sm_slice",
+    ),
     "model": ("AdvancedMoELayer", "Expert", "MoELayer", "MoEStats", "SliceAllocationPolicy"),
     "profiler": ("ExpertProfiler", "ExpertSnapshot", "RoutingTrace"),
     "reference": ("ExpertWeights", "Routing"),
+    "results": ("EnergyMeasurement",),
     "triton_kernels.ops": ("TritonExpertOps",),
     "benchmark": ("MoEBenchmark", "run_full_benchmark", "run_quick_benchmark"),
 }
@@ -21,9 +31,19 @@ __all__ = sorted(_HOME_OF)
 if TYPE_CHECKING:
     from moe_gpu.benchmark import MoEBenchmark, run_full_benchmark, run_quick_benchmark
     from moe_gpu.config import PRESETS, Activation, MoEConfig, RouterConfig
+    from moe_gpu.energy_model import EnergyModel, EnergyReport
+    from moe_gpu.energy_monitor import (
+        EnergyMonitor,
+        EnergyUnavailableError,
+        PerformanceComparator,
+        PowerSampler,
+        measure_energy,
+        select_sm_slice,
+    )
     from moe_gpu.model import AdvancedMoELayer, Expert, MoELayer, MoEStats, SliceAllocationPolicy
     from moe_gpu.profiler import ExpertProfiler, ExpertSnapshot, RoutingTrace
     from moe_gpu.reference import ExpertWeights, Routing
+    from moe_gpu.results import EnergyMeasurement
     from moe_gpu.triton_kernels.ops import TritonExpertOps
 
 

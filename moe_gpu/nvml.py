@@ -285,7 +285,8 @@ class Device:
             return None
         if os.getpid() in pids:
             return len(pids) > 1
-        return len(pids) > 1 if pids else False  # in a container the ids are the host's: one of them is ours
+        # In a container the ids are the host's, so one of them may be ours; some list none at all, not even ours.
+        return len(pids) > 1 if pids else None
 
     def sample(self, timestamp_ns: int) -> Sample:
         """All readings now. Raises GpuLostError alone."""

@@ -251,7 +251,7 @@ def test_the_device_as_the_library_tells_it(told):
 
 
 def test_other_processes_are_seen(told):
-    assert told["processes"] == [True, False]
+    assert told["processes"] == [True, None]
 
 
 def test_a_device_is_found_by_uuid_and_a_mig_device_is_read_through_its_gpu(told):

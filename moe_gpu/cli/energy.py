@@ -51,11 +51,16 @@ Seconds = Annotated[float, typer.Option("--seconds", parser=_number(0), metavar=
 Trials = Annotated[int, count("--trials", "Windows of each.")]
 
 app = typer.Typer(
-    help="Joules of a GPU: measure a layer, calibrate, report, watch.",
     rich_markup_mode=None,
-    no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
+
+
+@app.callback(invoke_without_command=True)
+def _top(context: typer.Context) -> None:
+    """Joules of a GPU: measure a layer, calibrate, report, watch."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @app.command()

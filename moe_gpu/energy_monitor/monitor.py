@@ -140,7 +140,8 @@ class EnergyMonitor:
     on_unavailable: "raise" EnergyUnavailableError, or "none": every window's energy is then None, and says why.
     While a window is open one daemon thread reads the counter every `poll_s`; nothing that NVML does wrong is raised
     from a window. synchronise: wait for the GPU where a window begins and ends, so that it holds its own work alone.
-    After a fork the child's windows are its own; `close`, or the end of the program, ends the thread.
+    After a fork the child's windows are its own; `close`, or the end of the program, ends the thread. Begin and end
+    windows from one thread.
     background=False: nobody reads but `poll`.
     """
 
