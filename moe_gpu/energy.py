@@ -16,10 +16,11 @@ from moe_gpu.benchmark.providers import BASELINE
 from moe_gpu.benchmark.suite import MoEBenchmark, choose_device
 from moe_gpu.config import PRESETS, MoEConfig
 from moe_gpu.console import progress_bar
-from moe_gpu.energy_model import IDLE, CalibrationError, EnergyModel, EnergyReport, Workload
+from moe_gpu.energy_model import IDLE, EnergyModel, EnergyReport, Workload
 from moe_gpu.energy_monitor import EnergyMonitor, EnergyTrials, EnergyUnavailableError, PowerSampler
 from moe_gpu.layer_energy import work_of
 from moe_gpu.metrics import EnergyCollector, MetricsServer
+from moe_gpu.profiler import RoutingTrace
 from moe_gpu.reference import ExpertWeights
 from moe_gpu.results import (
     AttributionSum,
@@ -155,6 +156,50 @@ def attribute_trials(
     return model.attribute(counts, total, work)
 
 
+class Attributions:
+    """Called with what was measured of each case: attributes our layer's, where this GPU is calibrated.
+
+    rows: of all cases so far; remarks: why a case has none. trace: the one that `routing="trace"` replays.
+    """
+
+    def __init__(self, device: torch.device, monitor: EnergyMonitor, seed: int, trace: RoutingTrace | None) -> None:
+        self.rows: list[Row] = []
+        self.remarks: dict[str, None] = {}
+        self._device, self._monitor, self._seed, self._trace = device, monitor, seed, trace
+
+    def __call__(self, case: Case, found: Mapping[str, EnergyTrials]) -> None:
+        if OURS not in found or not found[OURS].valid:
+            return
+        c = case.config
+        try:
+            dtype = str(case.dtype).removeprefix("torch.")
+            model = EnergyModel.load(self._monitor.uuid, self._monitor.driver, dtype)
+            chance = torch.Generator().manual_seed(self._seed)
+            ids = sample_choices(c, case.num_tokens, case.routing, chance, self._trace)
+            counts = torch.bincount(ids[ids >= 0], minlength=c.num_experts)
+            counts = counts.clamp(max=c.capacity(case.num_tokens) or int(counts.max()))
+            self.rows += attribute_trials(case, found[OURS], model, self._device, counts).rows
+        except ValueError as error:
+            self.remarks[f"not by expert: {error}"] = None
+
+
+def energy_plan(
+    device: str | None,
+    seconds: float = 5.0,
+    trials: int = 4,
+    cooldown_s: float = 0.0,
+    seed: int = 0,
+    trace: RoutingTrace | None = None,
+) -> tuple[torch.device, EnergyPlan, Attributions]:
+    """How a benchmark measures energy on a GPU, and what takes it apart by expert meanwhile.
+
+    Raises EnergyUnavailableError where there is none to measure.
+    """
+    chosen, monitor = open_monitor(device)
+    attributions = Attributions(chosen, monitor, seed, trace)
+    return chosen, EnergyPlan(monitor, seconds, trials, cooldown_s, attributions), attributions
+
+
 def run_measure(
     output_dir: str | Path,
     *,
@@ -174,34 +219,17 @@ def run_measure(
 
     Raises EnergyUnavailableError before any work where there is no energy to measure.
     """
-    chosen, monitor = open_monitor(device)
+    chosen, plan, attributions = energy_plan(device, seconds, trials, cooldown_s, seed)
     directory = writable_directory(output_dir)
-    reports: list[EnergyReport] = []
-    remarks: list[str] = []
-    routing = routing or "uniform"
     name = preset or "qwen3-30b-a3b"
-
-    def on_trials(case: Case, found: Mapping[str, EnergyTrials]) -> None:
-        if OURS not in found or not found[OURS].valid:
-            return
-        try:
-            dtype_name = str(case.dtype).removeprefix("torch.")
-            model = EnergyModel.load(monitor.uuid, monitor.driver, dtype_name)
-            ids = sample_choices(case.config, case.num_tokens, routing, torch.Generator().manual_seed(seed))
-            counts = torch.bincount(ids.flatten(), minlength=case.config.num_experts)
-            reports.append(attribute_trials(case, found[OURS], model, chosen, counts))
-        except CalibrationError as error:
-            remarks.append(f"not by expert: {error}")
-
-    with monitor:
-        plan = EnergyPlan(monitor, seconds, trials, cooldown_s, on_trials)
+    with plan.monitor:
         benchmark = MoEBenchmark(
             config=PRESETS[name],
             model=name,
             batch_sizes=tuple(tokens or (8, 64, 1024)),
             dtype=dtype,
             device=chosen,
-            routings=(routing,),
+            routings=(routing or "uniform",),
             modes=tuple(modes or ("forward",)),
             providers=tuple(providers) if providers else (BASELINE, "transformers_grouped_mm", OURS),
             seed=seed,
@@ -212,10 +240,10 @@ def run_measure(
         with progress_bar("energy") as progress:
             benchmark.on_progress = progress
             rows = benchmark.run_comparison()
-    rows += [row for report in reports for row in report.rows]
+    rows += attributions.rows
     write_rows(directory / ENERGY_FILE, rows)
     print_energy(rows)
-    for remark in dict.fromkeys(remarks):
+    for remark in attributions.remarks:
         print(remark)
     print(f"results: {directory / ENERGY_FILE}")
     return rows

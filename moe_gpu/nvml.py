@@ -176,7 +176,7 @@ class Device:
             self.name: str = library.nvmlDeviceGetName(handle)
             if self.scope == "gpu" and self._mig_enabled():
                 self.scope = "parent_gpu"
-        except library.NVMLError as error:
+        except _refusals(library) as error:
             library.nvmlShutdown()
             named = _typed(library, error, f"NVML finds no GPU {uuid or 'at index 0'}")
             raise NvmlUnavailableError(str(named)) from error

@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 
-from moe_gpu import energy as energy_runs
 from moe_gpu.benchmark import MoEBenchmark, run_full_benchmark, run_quick_benchmark
-from moe_gpu.benchmark.measure import EnergyPlan
 from moe_gpu.benchmark.problem import parse_dtype
 from moe_gpu.benchmark.suite import choose_device
 from moe_gpu.benchmark.table import print_rows
 from moe_gpu.config import PRESETS, MoEConfig
 from moe_gpu.console import progress_bar
+from moe_gpu.energy import energy_plan, print_energy
 from moe_gpu.plots import FIGURES, draw_training, require_matplotlib
 from moe_gpu.profiler import RoutingTrace
 from moe_gpu.report import write_report
@@ -71,8 +70,11 @@ def run_bench(
         chosen["trace"] = RoutingTrace.load(trace)
     elif "trace" in chosen.get("routings", ()):
         raise ValueError("--routing trace replays a file; name it with --trace FILE (`moe-gpu demo` records one)")
+    attributions = None
     if energy:
-        chosen["energy"] = EnergyPlan(energy_runs.open_monitor(options.get("device"))[1])
+        _, chosen["energy"], attributions = energy_plan(
+            options.get("device"), seed=chosen.get("seed", 0), trace=chosen.get("trace")
+        )
     given = _given(sizes)
     if full:
         presets = [preset] if preset else None
@@ -90,8 +92,13 @@ def run_bench(
         with progress_bar("benchmark") as progress:
             benchmark.on_progress = progress
             rows = benchmark.run_comparison()
+    if attributions is not None:
+        rows += attributions.rows
     write_rows(directory / RESULTS_FILE, rows)
     print_rows(rows)
+    if attributions is not None:
+        print_energy(rows)
+        print("\n".join(attributions.remarks))
     print(f"results: {directory / RESULTS_FILE}")
     return rows
 

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import csv
 import functools
+import math
 import os
+import random
 import shutil
 import subprocess
 import sys
 import tempfile
+import time as wall
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from moe_gpu.energy_model import CalibrationPoint, EnergyModel
 from moe_gpu.energy_monitor import Clock, EnergyMonitor
+from moe_gpu.energy_work import LayerWork, ProductWork
 from moe_gpu.nvml import NvmlError, Sample
+from moe_gpu.results import EnergyMeasurement
 
 ROOT = Path(__file__).resolve().parent.parent
+STATIC_W, J_PER_FLOP, J_PER_BYTE = 120.0, 0.6e-12, 60e-12  # of an invented GPU
 UUID = "GPU-00000000-0000-0000-0000-00000000fa4e"
 
 
@@ -131,11 +138,27 @@ class RecordedMeter(InventedMeter):
         return int(self._value("clocks_event_reasons"))
 
 
+class WorldClock(MovedClock):
+    """Time as it passes."""
+
+    def __init__(self) -> None:
+        self.listeners = []
+
+    @property
+    def now_ns(self) -> int:
+        return wall.monotonic_ns()
+
+
+def failing(error: Exception, begin_s: float = 0.0, end_s: float = math.inf):
+    """A fault of an invented meter over a stretch of its time."""
+    return lambda t: error if begin_s <= t < end_s else None
+
+
 def moved_monitor(watts=300.0, tick_s: float = 0.1, **options) -> tuple[MovedClock, InventedMeter, EnergyMonitor]:
     """A monitor without a thread or a GPU: it reads after each step of its clock."""
     time = MovedClock()
     meter = InventedMeter(time, watts, tick_s)
-    monitor = EnergyMonitor(meter, synchronise=None, clock=time.clock, background=False, **options)
+    monitor = EnergyMonitor(meter, synchronise=False, clock=time.clock, background=False, **options)
     time.listeners.append(monitor.poll)
     return time, meter, monitor
 
@@ -145,6 +168,44 @@ def sample_at(meter: InventedMeter) -> Callable[[int], Sample]:
     return lambda at: Sample(
         at, meter.uuid, meter.scope, meter.power_instant_w(), None, None, meter.energy_mj(), meter.temperature_c()
     )
+
+
+def true_energy(duration_s: float, flops: float, hbm_bytes: float) -> float:
+    """What a GPU that obeys the model takes."""
+    return STATIC_W * duration_s + J_PER_FLOP * flops + J_PER_BYTE * hbm_bytes
+
+
+def points(noise: float = 0.0, seed: int = 0, trials: int = 4) -> list[CalibrationPoint]:
+    """Windows of 5 s of a GPU that obeys the model, with relative noise."""
+    chance = random.Random(seed)
+    rates = {  # FLOP/s, bytes/s, anchor
+        "idle": (0, 0, True),
+        "copy": (0, 4e12, True),
+        "product in L2": (7e14, 0, True),
+        "experts, 1 rows each": (1e13, 3e12, False),
+        "experts, 16 rows each": (1e14, 3e12, False),
+        "experts, 256 rows each": (5e14, 1.5e12, False),
+        "experts, 4096 rows each": (6.5e14, 0.5e12, False),
+    }
+    found = []
+    for name, (flops, hbm_bytes, anchor) in rates.items():
+        for _ in range(trials):
+            energy = true_energy(5.0, 5 * flops, 5 * hbm_bytes) * chance.gauss(1, noise)
+            found.append(CalibrationPoint(name, 5.0, energy, 5.0 * flops, 5.0 * hbm_bytes, anchor))
+    return found
+
+
+def simple_work(num_experts: int = 4, tile: int = 16, **changes) -> LayerWork:
+    products = (ProductWork("up", 256, 128, tile, 200.0), ProductWork("down", 128, 128, tile, 256.0))
+    return LayerWork(num_experts, 2, "bfloat16", 2, products, **changes)
+
+
+def measured_window(energy_j: float | None = 700.0, duration_s: float = 5.0, **changes) -> EnergyMeasurement:
+    common = dict(calls=1000, n_ticks=50, quality="ok", driver="999.99", gpu_uuid=UUID)
+    return EnergyMeasurement("run", "work", duration_s, energy_j, **{**common, **changes})
+
+
+MODEL = EnergyModel.fit(points(0.01), "bfloat16", UUID, "999.99")
 
 
 @functools.cache

@@ -6,7 +6,6 @@ import copy
 import json
 import math
 import pickle
-import random
 from dataclasses import replace
 
 import numpy as np
@@ -18,22 +17,23 @@ from hypothesis import strategies as st
 from moe_gpu import AdvancedMoELayer, ExpertProfiler, layer_energy
 from moe_gpu.config import PRESETS
 from moe_gpu.energy import standard_workloads
-from moe_gpu.energy_model import (
-    CalibrationError,
-    CalibrationPoint,
-    EnergyModel,
-    Workload,
-    calibration_path,
-    nonnegative_least_squares,
-)
-from moe_gpu.energy_work import LayerWork, ProductWork
+from moe_gpu.energy_model import CalibrationError, EnergyModel, Workload, calibration_path, nonnegative_least_squares
 from moe_gpu.explain import described_gpu, explain_layer, layer_work
 from moe_gpu.nvml import NoPermissionError
-from moe_gpu.results import EnergyMeasurement
 from moe_gpu.triton_kernels import tile_table
-from tests.energy_cases import UUID, moved_monitor
+from tests.energy_cases import (
+    J_PER_BYTE,
+    J_PER_FLOP,
+    MODEL,
+    STATIC_W,
+    UUID,
+    measured_window,
+    moved_monitor,
+    points,
+    simple_work,
+    true_energy,
+)
 
-STATIC_W, J_PER_FLOP, J_PER_BYTE = 120.0, 0.6e-12, 60e-12
 QWEN = PRESETS["qwen3-30b-a3b"]
 
 
@@ -46,42 +46,8 @@ def cache(tmp_path, monkeypatch):
     tile_table.forget_tables()
 
 
-def true_energy(duration_s, flops, hbm_bytes):
-    return STATIC_W * duration_s + J_PER_FLOP * flops + J_PER_BYTE * hbm_bytes
-
-
-def points(noise: float = 0.0, seed: int = 0, trials: int = 4) -> list[CalibrationPoint]:
-    """Windows of 5 s of a GPU that obeys the model, with relative noise."""
-    chance = random.Random(seed)
-    rates = {  # FLOP/s, bytes/s, anchor
-        "idle": (0, 0, True),
-        "copy": (0, 4e12, True),
-        "product in L2": (7e14, 0, True),
-        "experts, 1 rows each": (1e13, 3e12, False),
-        "experts, 16 rows each": (1e14, 3e12, False),
-        "experts, 256 rows each": (5e14, 1.5e12, False),
-        "experts, 4096 rows each": (6.5e14, 0.5e12, False),
-    }
-    found = []
-    for name, (flops, hbm_bytes, anchor) in rates.items():
-        for _ in range(trials):
-            energy = true_energy(5.0, 5 * flops, 5 * hbm_bytes) * chance.gauss(1, noise)
-            found.append(CalibrationPoint(name, 5.0, energy, 5.0 * flops, 5.0 * hbm_bytes, anchor))
-    return found
-
-
 def model(noise: float = 0.0, **changes) -> EnergyModel:
     return replace(EnergyModel.fit(points(noise), "bfloat16", UUID, "999.99"), **changes)
-
-
-def simple_work(num_experts: int = 4, tile: int = 16, **changes) -> LayerWork:
-    products = (ProductWork("up", 256, 128, tile, 200.0), ProductWork("down", 128, 128, tile, 256.0))
-    return LayerWork(num_experts, 2, "bfloat16", 2, products, **changes)
-
-
-def window(energy_j: float | None = 700.0, duration_s: float = 5.0, **changes) -> EnergyMeasurement:
-    common = dict(calls=1000, n_ticks=50, quality="ok", driver="999.99", gpu_uuid=UUID)
-    return EnergyMeasurement("run", "work", duration_s, energy_j, **{**common, **changes})
 
 
 # Fitting
@@ -288,7 +254,7 @@ COUNTS = st.lists(st.integers(0, 300), min_size=4, max_size=4)
 @given(COUNTS, st.floats(650.0, 5000.0), st.integers(1, 5000))
 def test_parts_sum_to_the_whole_and_none_is_negative(counts, energy_j, calls):
     work = simple_work(shared_flops_per_token=1e4, shared_bytes_per_token=100.0, shared_bytes_per_call=1000.0)
-    report = MODEL.attribute(counts, window(energy_j, calls=calls), work)
+    report = MODEL.attribute(counts, measured_window(energy_j, calls=calls), work)
     total = report.total
     raw = math.fsum(row.dynamic_j for row in report.experts)
     assert raw == pytest.approx(total.dynamic_j)
@@ -307,8 +273,8 @@ def test_parts_sum_to_the_whole_and_none_is_negative(counts, energy_j, calls):
 @given(COUNTS, st.permutations(range(4)))
 def test_permuting_experts_permutes_the_result(counts, order):
     work = simple_work()
-    plain = MODEL.attribute(counts, window(), work).experts
-    moved = MODEL.attribute([counts[e] for e in order], window(), work).experts
+    plain = MODEL.attribute(counts, measured_window(), work).experts
+    moved = MODEL.attribute([counts[e] for e in order], measured_window(), work).experts
     for expert, source in enumerate(order):
         for name, value in vars(moved[expert]).items():
             if isinstance(value, float):  # sums over experts are taken in another order
@@ -316,11 +282,8 @@ def test_permuting_experts_permutes_the_result(counts, order):
         assert (moved[expert].joules_per_token is None) == (plain[source].joules_per_token is None)
 
 
-MODEL = EnergyModel.fit(points(0.01), "bfloat16", UUID, "999.99")
-
-
 def test_an_idle_expert_takes_nothing_and_has_no_joules_per_token():
-    idle, used, *_ = MODEL.attribute([0, 5, 5, 5], window(), simple_work()).experts
+    idle, used, *_ = MODEL.attribute([0, 5, 5, 5], measured_window(), simple_work()).experts
     assert (idle.dynamic_j, idle.static_j, idle.joules_per_token) == (0, 0, None)
     assert used.joules_per_token > 0
 
@@ -350,7 +313,7 @@ def test_the_intervention_is_predicted_as_the_gpu_would_take_it():
 
 
 def test_a_window_without_energy_gives_the_prediction_alone():
-    report = MODEL.attribute([1, 2, 3, 4], window(None, reason="why"), simple_work())
+    report = MODEL.attribute([1, 2, 3, 4], measured_window(None, reason="why"), simple_work())
     assert report.total.measured_j is report.total.closure is report.total.unattributed_j is None
     assert report.experts[0].rescaled_j is None
     assert report.experts[0].dynamic_j > 0
@@ -359,8 +322,8 @@ def test_a_window_without_energy_gives_the_prediction_alone():
 
 def test_the_window_counts_its_calls_and_another_number_may_be_given():
     work = simple_work()
-    by_window = MODEL.attribute([1, 2, 3, 4], window(calls=50), work)
-    given_calls = MODEL.attribute([1, 2, 3, 4], window(calls=None), work, calls=50, layer=3)
+    by_window = MODEL.attribute([1, 2, 3, 4], measured_window(calls=50), work)
+    given_calls = MODEL.attribute([1, 2, 3, 4], measured_window(calls=None), work, calls=50, layer=3)
     assert given_calls.total.dynamic_j == by_window.total.dynamic_j
     assert {row.layer for row in given_calls.experts} == {3}
 
@@ -400,9 +363,9 @@ def test_a_calibration_of_something_else_is_refused_in_one_line(asked, said, tmp
 
 def test_windows_and_work_of_something_else_are_refused():
     with pytest.raises(CalibrationError, match="not of GPU-other"):
-        MODEL.attribute([1, 2, 3, 4], window(gpu_uuid="GPU-other"), simple_work())
+        MODEL.attribute([1, 2, 3, 4], measured_window(gpu_uuid="GPU-other"), simple_work())
     with pytest.raises(CalibrationError, match="not of float16"):
-        MODEL.attribute([1, 2, 3, 4], window(), replace(simple_work(), dtype="float16"))
+        MODEL.attribute([1, 2, 3, 4], measured_window(), replace(simple_work(), dtype="float16"))
 
 
 @pytest.mark.parametrize("damage", ["cut", "newer", "list", "binary", "field", "folder"])
@@ -517,7 +480,7 @@ def test_a_layers_own_work_fits_the_model():
     _, stats = layer(torch.randn(5, 8))
     work = layer.energy_work(5)
     fitted = EnergyModel.fit(points(), "float32", UUID, "999.99")
-    report = fitted.attribute(stats.routing, window(), work)
+    report = fitted.attribute(stats.routing, measured_window(), work)
     assert [row.tokens for row in report.experts] == [1000 * count for count in stats.counts_E.tolist()]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import logging
 import time
@@ -31,10 +32,19 @@ from moe_gpu.results import (
     to_json,
     write_rows,
 )
-from tests.energy_cases import UUID, InventedMeter, sample_at, with_fake_nvml
+from tests.energy_cases import (
+    MODEL,
+    UUID,
+    InventedMeter,
+    WorldClock,
+    failing,
+    measured_window,
+    points,
+    sample_at,
+    simple_work,
+    with_fake_nvml,
+)
 from tests.result_rows import CPU, benchmark_row
-from tests.test_energy_model import MODEL, points, simple_work, window
-from tests.test_energy_monitor import WorldClock, failing
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +55,7 @@ def no_ceilings(monkeypatch):
 
 def cpu_monitor(**options) -> EnergyMonitor:
     """Reads an invented meter whose counter ticks every 2 ms, from its thread."""
-    return EnergyMonitor(InventedMeter(WorldClock(), 300.0, 0.002), synchronise=None, poll_s=0.0005, **options)
+    return EnergyMonitor(InventedMeter(WorldClock(), 300.0, 0.002), synchronise=False, poll_s=0.0005, **options)
 
 
 def small_benchmark(plan: EnergyPlan, **options) -> MoEBenchmark:
@@ -82,7 +92,7 @@ def test_rows_without_a_plan_carry_no_energy_and_a_blind_monitor_none_either():
     rows = small_benchmark(None).run_comparison()
     assert all(row.energy_j_per_token is None for row in select(rows, BenchmarkRow))
     assert select(rows, EnergyMeasurement) == []
-    blind = EnergyMonitor("cpu", "none", synchronise=None)
+    blind = EnergyMonitor("cpu", "none", synchronise=False)
     rows = small_benchmark(EnergyPlan(blind, 0.01, 1)).run_comparison()
     for row in select(rows, BenchmarkRow):
         assert (row.status, row.energy_j_per_token, row.energy_quality, row.power_w) == ("ok", None, "invalid", None)
@@ -149,6 +159,24 @@ def test_measure_writes_rows_by_provider_and_by_expert_once_calibrated(metered, 
     assert sum(row.tokens for row in experts) == pytest.approx(8 * 2 * sum(w.calls for w in ours))
     assert main(["energy", "report", "out/energy.jsonl"]) == 0
     assert "by expert (modelled)" in capsys.readouterr().out
+
+
+def test_bench_with_energy_carries_it_and_takes_it_apart(metered, monkeypatch, capsys):
+    short = functools.partial(energy.energy_plan, seconds=0.05, trials=2)
+    monkeypatch.setattr("moe_gpu.runs.energy_plan", short)
+    EnergyModel.fit(points(), "float32", UUID, "999.99").save()
+    sizes = "--input-dim 16 --hidden-dim 32 --experts 4 --top-k 2 --tokens 8 --iterations 3 --mode forward"
+    chosen = "--provider moe_gpu --provider torch_loop --routing one-expert --launch eager --device cpu"
+    assert main(["bench", "--energy", *sizes.split(), *chosen.split(), "--output-dir", "out"]) == 0
+    assert "by expert (modelled)" in capsys.readouterr().out
+    rows = read_rows(metered / "out" / "results.jsonl")
+    assert all(row.energy_j_per_token > 0 for row in select(rows, BenchmarkRow))
+    experts = select(rows, AttributionRow)
+    assert [row.tokens > 0 for row in experts] == [True, True, False, False], "one-expert routing uses K experts"
+    assert main(["report", "out/results.jsonl", "--output-dir", "out"]) == 0
+    page = (metered / "out" / "report.html").read_text()
+    assert "Joules by expert, layer 0" in page
+    assert "J per 1000 tokens" in page
 
 
 def test_calibrate_fits_keeps_and_prints(metered, monkeypatch, capsys):
@@ -265,7 +293,7 @@ def scrape(url: str) -> dict[str, float]:
 
 
 def report() -> EnergyReport:
-    return MODEL.attribute([1, 2, 3, 4], window(), simple_work(shared_bytes_per_token=10.0), layer=2)
+    return MODEL.attribute([1, 2, 3, 4], measured_window(), simple_work(shared_bytes_per_token=10.0), layer=2)
 
 
 @pytest.fixture
@@ -295,7 +323,7 @@ def test_metrics_are_served_here_only_and_what_is_unknown_is_left_out(sampled):
             first = report()
             collector.add_report(first)
             collector.add_report(first)
-            collector.add_report(MODEL.attribute([1, 2, 3, 4], window(None), simple_work()))
+            collector.add_report(MODEL.attribute([1, 2, 3, 4], measured_window(None), simple_work()))
             found = scrape(server.url)
         finally:
             server.close()
@@ -350,7 +378,7 @@ def test_open_monitor_wants_the_work_on_a_gpu(monkeypatch):
 def test_a_meter_without_utilisation_leaves_the_rows_field_empty():
     meter = InventedMeter(WorldClock(), 300.0, 0.002)
     meter.faults["utilisation"] = failing(NotSupportedError("NOT_SUPPORTED", "utilisation"))
-    with EnergyMonitor(meter, synchronise=None, poll_s=0.0005) as monitor:
+    with EnergyMonitor(meter, synchronise=False, poll_s=0.0005) as monitor:
         rows = small_benchmark(EnergyPlan(monitor, 0.05, 1)).run_comparison()
     assert all(row.gpu_util_pct is None and row.energy_j_per_token for row in select(rows, BenchmarkRow))
 

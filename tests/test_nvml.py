@@ -39,7 +39,7 @@ def pass_s(seconds):
             listen()
 clock = Clock(lambda: at[0], pass_s)
 def open_monitor(device=None):
-    monitor = EnergyMonitor(device, clock=clock, background=False, synchronise=None)
+    monitor = EnergyMonitor(device, clock=clock, background=False, synchronise=False)
     listeners[:] = [monitor.poll]
     return monitor
 """

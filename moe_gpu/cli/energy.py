@@ -51,8 +51,7 @@ Seconds = Annotated[float, typer.Option("--seconds", parser=_number(0), metavar=
 Trials = Annotated[int, count("--trials", "Windows of each.")]
 
 app = typer.Typer(
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
 )
 
 

@@ -10,7 +10,7 @@ import os
 import uuid
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,12 +77,13 @@ def open_meter(device: Any = None) -> Meter:
         raise EnergyUnavailableError(str(error)) from error
 
 
-def synchronise() -> None:
-    """Wait for the current GPU, if PyTorch has begun to use one."""
+def _wait_for(device: Any) -> None:
+    """Wait for a torch device, or for the current GPU where it is named otherwise, if PyTorch has begun to use one."""
     import torch
 
     if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+        named = isinstance(device, (int, torch.device)) or (isinstance(device, str) and device.startswith("cuda"))
+        torch.cuda.synchronize(device if named else None)
 
 
 @dataclass
@@ -139,7 +140,8 @@ class EnergyMonitor:
     device: a torch device, its name or index, a UUID (`GPU-...`, `MIG-...`), or an open meter; None: the current GPU.
     on_unavailable: "raise" EnergyUnavailableError, or "none": every window's energy is then None, and says why.
     While a window is open one daemon thread reads the counter every `poll_s`; nothing that NVML does wrong is raised
-    from a window. synchronise: wait for the GPU where a window begins and ends, so that it holds its own work alone.
+    from a window. synchronise: wait for the GPU (the current one, where `device` is a UUID) where a window begins and
+    ends, so that it holds its own work alone.
     After a fork the child's windows are its own; `close`, or the end of the program, ends the thread. Begin and end
     windows from one thread.
     background=False: nobody reads but `poll`.
@@ -151,7 +153,7 @@ class EnergyMonitor:
         on_unavailable: str = "raise",
         *,
         poll_s: float = 0.01,
-        synchronise: Callable[[], None] | None = synchronise,
+        synchronise: bool = True,
         clock: Clock = Clock(),  # noqa: B008 frozen
         background: bool = True,
         run_id: str | None = None,
@@ -165,7 +167,7 @@ class EnergyMonitor:
         self.idle_w: float | None = None
         self.measurements: deque[EnergyMeasurement] = deque(maxlen=KEPT_WINDOWS)
         self._totals = _Totals()
-        self._synchronise = synchronise or (lambda: None)
+        self._synchronise = synchronise
         self._device, self._poll_s, self._background = device, poll_s, background
         self._windows: list[Window] = []
         self._experts: dict[tuple[int, int], _Expert] = {}
@@ -209,8 +211,9 @@ class EnergyMonitor:
             self._reader.poll()
 
     def wait_for_gpu(self) -> None:
-        """Wait for what has been launched, as windows do at their ends."""
-        self._synchronise()
+        """Wait for what has been launched, as windows do at their ends; not with synchronise=False."""
+        if self._synchronise:
+            _wait_for(self._device)
 
     def begin_window(self, name: str) -> None:
         """Begin a window, after waiting for the GPU; `end_window` ends the innermost one of a name."""
@@ -323,7 +326,7 @@ class EnergyMonitor:
 
     def _begin(self, name: str) -> Window:
         self._after_fork()
-        self._synchronise()
+        self.wait_for_gpu()
         reader = self._reader
         temperature = shared = None
         if reader is not None:
@@ -350,7 +353,7 @@ class EnergyMonitor:
             self._reader.stop()
 
     def _finish(self, window: Window) -> EnergyMeasurement:
-        self._synchronise()
+        self.wait_for_gpu()
         end_ns = self.clock.now_ns()
         reader = self._reader
         if reader is not None:
