@@ -48,7 +48,8 @@ def open_monitor(device: str | None = None) -> tuple[torch.device, EnergyMonitor
     if chosen.type != "cuda":
         why = "PyTorch sees no NVIDIA GPU" if device is None else f"device={device!r} is no NVIDIA GPU"
         raise EnergyUnavailableError(f"energy is the GPU's, and {why}; see `moe-gpu doctor`")
-    return chosen, EnergyMonitor(torch.device("cuda", chosen.index or torch.cuda.current_device()))
+    index = torch.cuda.current_device() if chosen.index is None else chosen.index
+    return chosen, EnergyMonitor(torch.device("cuda", index))
 
 
 def standard_workloads(
@@ -292,11 +293,11 @@ def print_energy(rows: Sequence[Row]) -> None:
     for total in select(rows, AttributionSum):
         closure = "not measured" if total.closure is None else f"{100 * total.closure:.1f} %"
         held_out = "not known" if total.held_out_error is None else f"{100 * total.held_out_error:.1f} %"
-        console.print(
-            f"by expert (modelled): experts {total.dynamic_j:.4g} J, router and combine {total.shared_j:.4g} J, "
-            f"static {total.static_j:.4g} J of {_cell(total.measured_j)} J; closure {closure}, held out {held_out}",
-            soft_wrap=True,
-        )
+        where = total.window or total.run_id
+        parts = f"experts {total.dynamic_j:.4g} J, router and combine {total.shared_j:.4g} J"
+        whole = f"static {total.static_j:.4g} J of {_cell(total.measured_j)} J"
+        said = f"{where}, by expert (modelled): {parts}, {whole}; closure {closure}, held out {held_out}"
+        console.print(said, markup=False, soft_wrap=True)
     for finding in select(rows, Finding):
         interval = "" if finding.low is None else f" (95 % {finding.low:.4g} to {finding.high:.4g})"
         said = f"not measured: {finding.reason}" if finding.value is None else f"{finding.value:.4g} {finding.unit}"

@@ -23,10 +23,15 @@ from typing import Any
 import numpy as np
 
 from moe_gpu.energy_monitor import EnergyMonitor, EnergyTrials, measure_interleaved
+from moe_gpu.energy_monitor.monitor import write_csv
 from moe_gpu.energy_work import LayerWork
 from moe_gpu.results import AttributionRow, AttributionSum, EnergyMeasurement, cache_directory, write_atomically
 
 SCHEMA = 1
+ATTRIBUTION_COLUMNS = (
+    *("run_id", "layer", "expert", "tokens", "padded_tokens", "flops", "hbm_bytes", "dynamic_j", "static_j"),
+    *("stderr_j", "joules_per_token", "method", "calibration_id"),
+)
 RESAMPLES = 400
 IDLE = "idle"
 
@@ -111,7 +116,12 @@ class EnergyReport:
 
     @property
     def rows(self) -> list[AttributionRow | AttributionSum]:
+        """As a results file keeps it: the sum, then the experts."""
         return [self.total, *self.experts]
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write the experts as CSV, whole or not at all; what is unknown is empty."""
+        write_csv(path, ATTRIBUTION_COLUMNS, self.experts)
 
 
 @dataclass(frozen=True)
@@ -308,9 +318,14 @@ class EnergyModel:
             closure=None if measured is None or unattributed is None else abs(unattributed) / measured,
             held_out_error=self.held_out_error,
             calibration_id=self.calibration_id,
+            window=measurement.window,
         )
         common: dict[str, Any] = dict(
-            run_id=measurement.run_id, layer=layer, method="modelled", calibration_id=self.calibration_id
+            run_id=measurement.run_id,
+            layer=layer,
+            method="modelled",
+            calibration_id=self.calibration_id,
+            window=measurement.window,
         )
         experts = []
         for expert in range(work.num_experts):

@@ -301,10 +301,8 @@ class AdvancedMoELayer(_MoEBase):
             "slices": (total_slices > 1, f"no slice manager yet; policy {allocation_policy.name} changes nothing"),
         }
         energy = self._energy_feature()
-        for name, (asked, reason) in {
-            **self._asked,
-            "energy": (energy.asked and not energy.active, energy.reason),
-        }.items():
+        inactive = {**self._asked, "energy": (energy.asked and not energy.active, energy.reason)}
+        for name, (asked, reason) in inactive.items():
             if asked and name not in _ANNOUNCED:
                 _ANNOUNCED.add(name)
                 logger.info("AdvancedMoELayer: %s asked for and not active: %s", name, reason)

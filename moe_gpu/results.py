@@ -221,6 +221,7 @@ class AttributionRow:
     method: str
     calibration_id: str
     rescaled_j: float | None = None
+    window: str | None = None  # the measurement's
 
 
 @dataclass(frozen=True)
@@ -244,6 +245,7 @@ class AttributionSum:
     closure: float | None
     held_out_error: float | None
     calibration_id: str
+    window: str | None = None  # the measurement's
 
 
 @dataclass(frozen=True)

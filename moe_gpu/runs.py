@@ -98,7 +98,8 @@ def run_bench(
     print_rows(rows)
     if attributions is not None:
         print_energy(rows)
-        print("\n".join(attributions.remarks))
+        for remark in attributions.remarks:
+            print(remark)
     print(f"results: {directory / RESULTS_FILE}")
     return rows
 

@@ -320,6 +320,16 @@ def test_a_window_without_energy_gives_the_prediction_alone():
     assert report.rows[0] is report.total
 
 
+def test_experts_as_csv_have_the_columns_and_leave_the_unknown_empty(tmp_path):
+    MODEL.attribute([0, 2, 3, 4], measured_window(), simple_work()).to_csv(tmp_path / "a.csv")
+    head, idle, *_ = (tmp_path / "a.csv").read_text().splitlines()
+    assert head == (
+        "run_id,layer,expert,tokens,padded_tokens,flops,hbm_bytes,dynamic_j,static_j,stderr_j,joules_per_token,method,"
+        "calibration_id"
+    )
+    assert idle == f"run,0,0,0.0,0.0,0.0,0.0,0.0,0.0,0.0,,modelled,{MODEL.calibration_id}"
+
+
 def test_the_window_counts_its_calls_and_another_number_may_be_given():
     work = simple_work()
     by_window = MODEL.attribute([1, 2, 3, 4], measured_window(calls=50), work)

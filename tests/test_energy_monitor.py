@@ -102,9 +102,24 @@ def test_a_window_of_few_ticks_is_short_and_one_of_none_is_unknown_never_zero():
         assert "ticks of the counter" in nothing.reason
 
 
-def test_a_counter_that_stands_still_is_unknown_never_zero():
-    time, _, monitor = moved_monitor(0.0)
+def test_a_counter_that_stands_still_or_a_power_of_nought_is_unknown_never_zero():
+    time, meter, monitor = moved_monitor(0.0)
     assert measured(time, monitor, 5.0).energy_j is None
+    time, meter, monitor = moved_monitor(0.0)
+    meter.faults["energy"] = failing(NotSupportedError("NOT_SUPPORTED", "total energy"))
+    m = measured(time, monitor, 5.0)
+    assert (m.source, m.energy_j, m.quality) == ("integrated", None, "invalid")
+
+
+def test_a_tick_lies_between_the_readings_that_it_was_found_between():
+    time = MovedClock(step_s=0.04)
+    meter = InventedMeter(time, 300.0, 0.1)
+    monitor = EnergyMonitor(meter, synchronise=False, clock=time.clock, background=False)
+    time.listeners.append(monitor.poll)
+    monitor.begin_window("work")
+    time.pass_s(0.52)
+    found = [(at - meter.begin_ns) / 1e9 for at, _ in monitor._reader.readings.ticks]
+    assert found == pytest.approx([0.1, 0.18, 0.3, 0.38, 0.5])  # the second is at 0.2, read at 0.16 and 0.2
 
 
 def test_windows_nest_and_overlap_each_with_its_own_energy():

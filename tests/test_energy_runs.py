@@ -175,7 +175,7 @@ def test_bench_with_energy_carries_it_and_takes_it_apart(metered, monkeypatch, c
     assert [row.tokens > 0 for row in experts] == [True, True, False, False], "one-expert routing uses K experts"
     assert main(["report", "out/results.jsonl", "--output-dir", "out"]) == 0
     page = (metered / "out" / "report.html").read_text()
-    assert "Joules by expert, layer 0" in page
+    assert "Joules by expert: custom T=8 one-expert forward eager moe_gpu, layer 0" in page
     assert "J per 1000 tokens" in page
 
 

@@ -78,16 +78,13 @@ def _findings(rows: Sequence[Row]) -> str:
 
 def _experts(rows: Sequence[Row]) -> str:
     """Of every attributed window: how it closes, joules by expert against an even share, and the costliest experts."""
-    experts: dict[tuple[str, int, float], list[AttributionRow]] = {}
-    key: tuple[str, int, float] | None = None
-    totals: dict[tuple[str, int, float], AttributionSum] = {}
-    for one in rows:
-        if isinstance(one, AttributionSum):
-            key = (one.run_id, one.layer, one.static_j)
-            totals[key] = one
-        elif isinstance(one, AttributionRow) and key is not None:
-            experts.setdefault(key, []).append(one)
-    return "".join(_window(totals[key], own) for key, own in experts.items())
+    by_window: dict[tuple[str, str | None, int], list[AttributionRow]] = {}
+    for one in select(rows, AttributionRow):
+        by_window.setdefault((one.run_id, one.window, one.layer), []).append(one)
+    return "".join(
+        _window(total, by_window.get((total.run_id, total.window, total.layer), []))
+        for total in select(rows, AttributionSum)
+    )
 
 
 def _window(total: AttributionSum, experts: Sequence[AttributionRow]) -> str:
@@ -119,8 +116,9 @@ def _window(total: AttributionSum, experts: Sequence[AttributionRow]) -> str:
     ]
     head = ["#Expert", "#Tokens", "#Padded", "#Dynamic J", "#+- stderr", "#Static J", "#J per 1000 tokens"]
     over = "" if not loads else f" The costliest takes {times(max(loads))} an even share."
+    where = f"layer {total.layer}" if total.window is None else f"{total.window}, layer {total.layer}"
     return (
-        f'<h3>Joules by expert, layer {total.layer}</h3><p class="note">{escape(note + over)}</p>'
+        f'<h3>Joules by expert: {escape(where)}</h3><p class="note">{escape(note + over)}</p>'
         f'<figure class="heat"><figcaption>Joules by expert</figcaption>{chart}</figure>'
         f"<details><summary>The {len(costly)} costliest experts</summary>{table(head, lines)}</details>"
     )
