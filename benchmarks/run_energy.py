@@ -14,8 +14,9 @@ qwen, mixtral joules per 1000 tokens of torch_loop, transformers grouped_mm and 
 slices        joules per token against SMs
 zeus          agreement with Zeus, where it is installed (goal: within 1 %)
 
-FILE keeps the rows of earlier calls. --smoke: tiny sizes on the CPU, to try the script with a stand-in for NVML; its
-numbers are no measurements, and say so.
+In calls of at most ten minutes: the first five; then calibrate, attribute, intervention and slices, in one call, since
+they share the calibration; then qwen; then mixtral. FILE keeps the rows of earlier calls. --smoke: tiny sizes on the
+CPU, to try the script with a stand-in for NVML; its numbers are no measurements, and say so.
 """
 
 from __future__ import annotations
@@ -114,11 +115,15 @@ def load(run: Run) -> Callable[[], object]:
 def decode(run: Run, num_tokens: int = 8, model: str = QWEN) -> Callable[[], object]:
     """Our layer's forward pass, on a GPU replayed as a CUDA graph."""
     problem = make_problem(run.config(model), num_tokens, "uniform", run.dtype, run.device)
-    built = PROVIDERS[OURS].build(problem)
-    with torch.no_grad():
-        if run.device.type == "cuda":
-            return capture(built.run, run.device).replay
-    return torch.no_grad()(built.run)
+    plain = torch.no_grad()(PROVIDERS[OURS].build(problem).run)
+    if run.device.type != "cuda":
+        return plain
+    captured = capture(plain, run.device)
+
+    def replay(read_by_the_graph: object = problem) -> object:
+        return captured.replay()
+
+    return replay
 
 
 def counter(run: Run) -> None:
@@ -297,7 +302,14 @@ def intervention(run: Run) -> None:
         normal(config.num_experts, config.expert_dim, config.hidden_dim, std=config.hidden_dim**-0.5),
     )
     x, ops, calls, counts = normal(rows, config.input_dim), TritonExpertOps(run.device), {}, {}
-    work = replace(work_of(run.device, config, rows, run.dtype), shared_flops_per_token=0.0, shared_bytes_per_call=0.0)
+    # Without a router, what no expert owns is the combine alone.
+    combined = 2.0 * config.expert_dim * run.dtype.itemsize
+    work = replace(
+        work_of(run.device, config, rows, run.dtype),
+        shared_flops_per_token=0.0,
+        shared_bytes_per_token=combined,
+        shared_bytes_per_call=0.0,
+    )
     for experts in [n for n in (1, 8, 64, 128) if n <= config.num_experts]:
         ids = (torch.arange(rows, device=run.device) % experts).int().view(rows, 1)
         routing = ops.sort_routes(ids, torch.ones(rows, 1, device=run.device), config.num_experts)

@@ -173,6 +173,7 @@ class EnergyModel:
             if on_trial is not None:
                 on_trial(done, len(order), workload.name)
             points.append(_measure(workload, monitor, min_duration_s, rest_s))
+        assert monitor.uuid is not None  # it is available
         return cls.fit(points, dtype, monitor.uuid, monitor.driver)
 
     @classmethod
@@ -241,7 +242,7 @@ class EnergyModel:
         return path
 
     @classmethod
-    def load(cls, gpu_uuid: str, driver: str | None, dtype: str, path: str | Path | None = None) -> EnergyModel:
+    def load(cls, gpu_uuid: str | None, driver: str | None, dtype: str, path: str | Path | None = None) -> EnergyModel:
         """The calibration of a board, driver and dtype; CalibrationError for none, a damaged one, or another's."""
         path = calibration_path(gpu_uuid, driver, dtype) if path is None else Path(path)
         try:
@@ -352,7 +353,7 @@ class EnergyModel:
 _CALIBRATE = "run `moe-gpu energy calibrate`"
 
 
-def calibration_path(gpu_uuid: str, driver: str | None, dtype: str) -> Path:
+def calibration_path(gpu_uuid: str | None, driver: str | None, dtype: str) -> Path:
     """Where the calibration of a board, driver and dtype is kept."""
     name = re.sub(r"[^A-Za-z0-9.-]+", "-", f"{gpu_uuid}-{driver or 'no-driver'}-{dtype}")
     return cache_directory() / "energy" / f"{name}.json"

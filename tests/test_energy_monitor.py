@@ -290,6 +290,7 @@ def test_where_there_is_no_nvml_it_raises_by_name_or_measures_nothing_if_asked(m
     with monitor.window("work", tokens=5) as window:
         pass
     assert not monitor.available
+    assert monitor.uuid is monitor.driver is None
     assert window.measurement.energy_j is None
     assert "Driver Not Loaded" in window.measurement.reason
     assert monitor.get_efficiency_metrics()["joules_per_1000_tokens"] is None
@@ -543,7 +544,7 @@ def test_a_real_trace_gives_the_energy_that_its_counter_counted(path):
     counted = [int(row["energy_counter_mj"]) for _, row in meter.rows if row["energy_counter_mj"]]
     truth = (counted[-1] - counted[0]) / 1000
     assert abs(m.energy_j - truth) <= 3 * m.stderr_j + 0.02 * truth
-    assert m.n_ticks > 0.5 * len(counted)
+    assert m.n_ticks > 0.3 * len(counted), "samples at 10 Hz meet a counter that moves about as often"
 
 
 def test_a_recorded_trace_plays_back_as_it_was(tmp_path):

@@ -165,6 +165,9 @@ class EnergyMonitor:
         self.clock, self.run_id = clock, run_id or uuid.uuid4().hex[:12]
         self.reason: str | None = None
         self.idle_w: float | None = None
+        self.uuid: str | None = None
+        self.scope: str | None = None
+        self.driver: str | None = None
         self.measurements: deque[EnergyMeasurement] = deque(maxlen=KEPT_WINDOWS)
         self._totals = _Totals()
         self._synchronise = synchronise
