@@ -454,7 +454,7 @@ def open_run(path: Path, smoke: bool) -> Run:
     tiny = PRESETS["small"].with_(input_dim=16, expert_dim=16, hidden_dim=32, num_experts=8)
     device, monitor = torch.device("cpu"), EnergyMonitor(poll_s=0.001)
     models = {QWEN: tiny, MIXTRAL: tiny}
-    return Run(device, torch.float32, monitor, path, [], True, 0.06, 2, (8, 64), models)
+    return Run(device, torch.float32, monitor, path, [], True, 0.12, 2, (8, 64), models)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

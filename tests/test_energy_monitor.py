@@ -167,6 +167,25 @@ def test_what_was_read_is_forgotten_once_no_open_window_asks_for_it():
     assert len(monitor._reader.readings.ticks) <= 11
 
 
+def test_a_window_open_for_long_keeps_a_bounded_number_of_readings(monkeypatch):
+    monkeypatch.setattr("moe_gpu.energy_monitor.ticks.KEPT", 64)
+    time, meter, monitor = moved_monitor(lambda t: 300.0 + 50 * (t > 10))
+    monitor.begin_window("long")
+    meter.reasons = 0x20
+    time.pass_s(0.2)
+    meter.reasons = 0
+    time.pass_s(59.8)
+    meter.faults["energy"] = failing(NvmlError("TIMEOUT", "total energy"), 50.0, 55.0)
+    kept = monitor._reader.readings
+    assert all(len(items) <= 65 for items in (kept.ticks, kept.faults, kept.slow))
+    recent = measured(time, monitor, 5.0)
+    assert recent.energy_j == pytest.approx(5 * 350, rel=0.01)
+    m = monitor.end_window("long")
+    truth = 10 * 300 + 55 * 350
+    assert abs(m.energy_j - truth) <= 1.96 * m.stderr_j
+    assert m.clocks_event_reasons == 0x20, "what held the clocks is kept"
+
+
 # What goes wrong
 
 

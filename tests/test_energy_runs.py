@@ -68,7 +68,7 @@ def small_benchmark(plan: EnergyPlan, **options) -> MoEBenchmark:
 def test_the_benchmarks_rows_carry_energy_and_its_windows_follow():
     told = []
     with cpu_monitor() as monitor:
-        plan = EnergyPlan(monitor, 0.06, 2, on_trials=lambda case, trials: told.append((str(case), sorted(trials))))
+        plan = EnergyPlan(monitor, 0.15, 2, on_trials=lambda case, trials: told.append((str(case), sorted(trials))))
         rows = small_benchmark(plan, modes=("forward", "backward")).run_comparison()
     forward, backward = ([r for r in select(rows, BenchmarkRow) if r.mode == m] for m in ("forward", "backward"))
     for row in forward:
@@ -138,7 +138,7 @@ def metered(here, monkeypatch):
 
 def test_measure_writes_rows_by_provider_and_by_expert_once_calibrated(metered, capsys):
     arguments = ["energy", "measure", "--tokens", "8", "--dtype", "fp32", "--provider", "torch_loop,moe_gpu"]
-    arguments += ["--seconds", "0.06", "--trials", "2", "--output-dir", "out"]
+    arguments += ["--seconds", "0.15", "--trials", "2", "--output-dir", "out"]
     assert main(arguments) == 0
     said = capsys.readouterr().out
     assert "Joules per 1000 tokens" in said
@@ -162,7 +162,7 @@ def test_measure_writes_rows_by_provider_and_by_expert_once_calibrated(metered, 
 
 
 def test_bench_with_energy_carries_it_and_takes_it_apart(metered, monkeypatch, capsys):
-    short = functools.partial(energy.energy_plan, seconds=0.05, trials=2)
+    short = functools.partial(energy.energy_plan, seconds=0.15, trials=2)
     monkeypatch.setattr("moe_gpu.runs.energy_plan", short)
     EnergyModel.fit(points(), "float32", UUID, "999.99").save()
     sizes = "--input-dim 16 --hidden-dim 32 --experts 4 --top-k 2 --tokens 8 --iterations 3 --mode forward"
@@ -187,13 +187,13 @@ def test_calibrate_fits_keeps_and_prints(metered, monkeypatch, capsys):
         Workload("experts", lambda: time.sleep(0.001), flops=2e9, hbm_bytes=3e9),
     ]
     monkeypatch.setattr(energy, "standard_workloads", lambda *_: workloads)
-    assert main(["energy", "calibrate", "--seconds", "0.05", "--trials", "2"]) == 0
+    assert main(["energy", "calibrate", "--seconds", "0.12", "--trials", "2"]) == 0
     said = capsys.readouterr().out
     assert "W doing nothing" in said
     assert "held out: experts: off by" in said
     found = EnergyModel.load(UUID, "999.99", "bfloat16")
     assert found.static_w == pytest.approx(300, rel=0.2)
-    assert main(["energy", "calibrate", "--seconds", "0.05", "--trials", "2", "--output", "c.json", "--json"]) == 0
+    assert main(["energy", "calibrate", "--seconds", "0.12", "--trials", "2", "--output", "c.json", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["gpu_uuid"] == UUID
     assert EnergyModel.load(UUID, "999.99", "bfloat16", "c.json")
 
@@ -379,7 +379,7 @@ def test_a_meter_without_utilisation_leaves_the_rows_field_empty():
     meter = InventedMeter(WorldClock(), 300.0, 0.002)
     meter.faults["utilisation"] = failing(NotSupportedError("NOT_SUPPORTED", "utilisation"))
     with EnergyMonitor(meter, synchronise=False, poll_s=0.0005) as monitor:
-        rows = small_benchmark(EnergyPlan(monitor, 0.05, 1)).run_comparison()
+        rows = small_benchmark(EnergyPlan(monitor, 0.15, 1)).run_comparison()
     assert all(row.gpu_util_pct is None and row.energy_j_per_token for row in select(rows, BenchmarkRow))
 
 

@@ -6,12 +6,13 @@ moves is not: a window's power is the slope of a line through its ticks, which n
 
 from __future__ import annotations
 
+import bisect
 import math
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from moe_gpu.nvml import GpuLostError, NotSupportedError, NvmlError
 
@@ -19,6 +20,7 @@ from moe_gpu.nvml import GpuLostError, NotSupportedError, NvmlError
 MAX_AWAY_S = 0.05
 # Between readings of power where there is no counter, and of utilisation and clocks: as often as they are renewed.
 SLOW_S = 0.1
+KEPT = 16384  # readings of a kind, about half an hour of ticks at full resolution
 
 
 @dataclass(frozen=True)
@@ -92,21 +94,40 @@ def fit_slope(times_s: Sequence[float], joules: Sequence[float]) -> Slope | None
 
 @dataclass
 class Readings:
-    """What the reader has seen since the oldest open window began; moments in nanoseconds of its clock."""
+    """What the reader has seen since the oldest open window began; moments in nanoseconds of its clock, rising."""
 
     ticks: list[tuple[int, float]] = field(default_factory=list)  # when, joules
-    resets: list[int] = field(default_factory=list)
-    faults: list[tuple[int, str]] = field(default_factory=list)
-    slow: list[tuple[int, int | None, tuple[int, int] | None]] = field(default_factory=list)  # when, reasons, util
+    resets: list[tuple[int, float]] = field(default_factory=list)  # when, joules
+    faults: list[tuple[int, str]] = field(default_factory=list)  # when, NVML's name
+    slow: list[tuple[int, int | None, tuple[int, int] | None]] = field(default_factory=list)  # when, reasons, busy
 
     def since(self, begin_ns: int, end_ns: int) -> Readings:
         """The part from `begin_ns` to `end_ns`."""
-        return Readings(
-            [item for item in self.ticks if begin_ns <= item[0] <= end_ns],
-            [item for item in self.resets if begin_ns <= item <= end_ns],
-            [item for item in self.faults if begin_ns <= item[0] <= end_ns],
-            [item for item in self.slow if begin_ns <= item[0] <= end_ns],
-        )
+
+        def part(items: list[Any]) -> list[Any]:
+            first = bisect.bisect_left(items, begin_ns, key=_moment)
+            return items[first : bisect.bisect_right(items, end_ns, key=_moment)]
+
+        return Readings(part(self.ticks), part(self.resets), part(self.faults), part(self.slow))
+
+    def thin(self) -> None:
+        """Of lists longer than KEPT, drop every second item of the older half: a window may be open for days.
+
+        The first stays, from which a window's mean power is taken.
+        """
+        for items in (self.ticks, self.resets, self.faults):
+            if len(items) > KEPT:
+                del items[1 : KEPT // 2 : 2]
+        if len(self.slow) > KEPT:  # of two the later stays, with what held the clocks in either
+            for index in range(0, KEPT // 2, 2):
+                (_, first, _), (when, second, busy) = self.slow[index : index + 2]
+                both = None if first is None and second is None else (first or 0) | (second or 0)
+                self.slow[index + 1] = (when, both, busy)
+            del self.slow[: KEPT // 2 : 2]
+
+
+def _moment(item: tuple[int, Any]) -> int:
+    return item[0]
 
 
 class TickReader:
@@ -169,6 +190,7 @@ class TickReader:
                 return False
             except NvmlError as error:
                 self.readings.faults.append((self.clock.now_ns(), error.name))
+            self.readings.thin()
             return True
 
     def read(self, begin_ns: int, end_ns: int) -> Readings:
@@ -195,7 +217,7 @@ class TickReader:
         if self._last is not None:
             before_ns, before_j = self._last
             if joules < before_j:
-                self.readings.resets.append(now)
+                self.readings.resets.append((now, joules))
             elif joules > before_j and now - before_ns <= MAX_AWAY_S * 1e9:
                 self.readings.ticks.append(((before_ns + now) // 2, joules))
         self._last = now, joules
