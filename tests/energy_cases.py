@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time as wall
 from collections.abc import Callable
 from pathlib import Path
@@ -161,6 +162,20 @@ def moved_monitor(watts=300.0, tick_s: float = 0.1, **options) -> tuple[MovedClo
     monitor = EnergyMonitor(meter, synchronise=False, clock=time.clock, background=False, **options)
     time.listeners.append(monitor.poll)
     return time, meter, monitor
+
+
+def measured(
+    time: MovedClock, monitor: EnergyMonitor, seconds: float = 5.0, name: str = "work", **options
+) -> EnergyMeasurement:
+    """A window in which time passes."""
+    with monitor.window(name, **options) as window:
+        time.pass_s(seconds)
+    return window.measurement
+
+
+def threads() -> list[str]:
+    """Names of the threads that monitors and samplers run now."""
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("moe_gpu-")]
 
 
 def sample_at(meter: InventedMeter) -> Callable[[int], Sample]:

@@ -9,36 +9,19 @@ import logging
 import math
 import os
 import random
-import threading
 import time as wall
+from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_gpu.energy_monitor import EnergyMonitor, EnergyUnavailableError, PowerSampler
-from moe_gpu.energy_monitor.monitor import MEASUREMENT_COLUMNS
-from moe_gpu.energy_monitor.sampler import SAMPLE_COLUMNS
+from moe_gpu.energy_monitor.monitor import MEASUREMENT_COLUMNS, device_uuid, open_meter
 from moe_gpu.energy_monitor.ticks import fit_slope
-from moe_gpu.nvml import GpuLostError, NoPermissionError, NotSupportedError, NvmlError
-from moe_gpu.results import EnergyMeasurement
-from tests.energy_cases import (
-    ROOT,
-    InventedMeter,
-    MovedClock,
-    RecordedMeter,
-    WorldClock,
-    failing,
-    moved_monitor,
-    sample_at,
-)
-
-
-def measured(time, monitor, seconds=5.0, name="work", **options) -> EnergyMeasurement:
-    with monitor.window(name, **options) as window:
-        time.pass_s(seconds)
-    return window.measurement
-
+from moe_gpu.nvml import GpuLostError, NoPermissionError, NotSupportedError, NvmlError, NvmlUnavailableError
+from tests.energy_cases import UUID, InventedMeter, MovedClock, WorldClock, failing, measured, moved_monitor, threads
 
 # Windows
 
@@ -327,6 +310,29 @@ def test_a_device_that_is_no_gpu_is_refused_by_name(device, monkeypatch):
         EnergyMonitor(device)
 
 
+def test_a_torch_device_is_read_by_its_uuid_and_a_mig_device_by_the_other_prefix(monkeypatch):
+    properties = SimpleNamespace(uuid=UUID.removeprefix("GPU-"))
+    asked, opened = [], []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: (asked.append(str(device)), properties)[1])
+    for device in (None, 1, "cuda:1", torch.device("cuda", 1), UUID):
+        assert device_uuid(device) == UUID
+    assert asked == ["cuda", "cuda:1", "cuda:1", "cuda:1"]
+
+    def mig_only(uuid):
+        opened.append(uuid)
+        if uuid.startswith("GPU-"):
+            raise NvmlUnavailableError(f"NVML finds no GPU {uuid}: NOT_FOUND")
+        return "the parent of a MIG device"
+
+    monkeypatch.setattr("moe_gpu.energy_monitor.monitor.Device", mig_only)
+    assert open_meter("cuda:0") == "the parent of a MIG device"
+    assert opened == [UUID, UUID.replace("GPU-", "MIG-")]
+    with pytest.raises(EnergyUnavailableError, match="NOT_FOUND"):
+        open_meter(UUID)
+
+
 @pytest.mark.parametrize(
     ("options", "said"), [({"on_unavailable": "maybe"}, "raise, none"), ({"poll_s": 0}, "poll_s=0 must be positive")]
 )
@@ -338,10 +344,6 @@ def test_wrong_options_are_refused(options, said):
 
 
 # Threads, forks, ends
-
-
-def threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("moe_gpu-")]
 
 
 def threaded_monitor(**options) -> EnergyMonitor:
@@ -480,54 +482,7 @@ def test_windows_as_csv_have_the_columns_and_leave_the_unknown_empty(tmp_path):
     assert len(MEASUREMENT_COLUMNS) == 18
 
 
-# The sampler
-
-
-def test_the_sampler_takes_samples_at_its_rate_from_one_thread_and_writes_them(tmp_path):
-    meter = InventedMeter(WorldClock(), 300.0, 0.1)
-    meter.sample = sample_at(meter)
-    with PowerSampler(meter, hz=100) as sampler:
-        assert threads() == ["moe_gpu-power"]
-        sampler.start()
-        assert threads() == ["moe_gpu-power"]
-        wall.sleep(0.3)
-    assert threads() == []
-    samples = sampler.timeline()
-    assert 15 <= len(samples) <= 40
-    stamps = [sample.timestamp_ns for sample in samples]
-    assert stamps == sorted(stamps)
-    assert abs(stamps[-1] - wall.time_ns()) < 5e9, "in the world's time"
-    sampler.to_csv(tmp_path / "s.csv")
-    sampler.to_json(tmp_path / "s.jsonl")
-    rows = list(csv.DictReader((tmp_path / "s.csv").read_text().splitlines()))
-    assert tuple(rows[0]) == SAMPLE_COLUMNS
-    assert ",".join(SAMPLE_COLUMNS) == (
-        "timestamp_ns,gpu_uuid,scope,power_instant_w,power_average_w,memory_power_w,energy_counter_mj,temperature_c,"
-        "sm_clock_mhz,mem_clock_mhz,gpu_util_pct,mem_util_pct,clocks_event_reasons,error"
-    )
-    assert (rows[0]["power_instant_w"], rows[0]["power_average_w"], rows[0]["error"]) == ("300.0", "", "")
-    written = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
-    assert len(written) == len(samples)
-    assert written[0]["power_average_w"] is None
-
-
-def test_the_sampler_ends_with_a_lost_gpu_and_keeps_no_more_than_it_may():
-    time = MovedClock()
-    meter = InventedMeter(time)
-    meter.sample = sample_at(meter)
-    sampler = PowerSampler(meter, clock=time.clock, background=False, max_samples=5)
-    for _ in range(9):
-        time.pass_s(0.1)
-        sampler.take()
-    assert len(sampler.timeline()) == 5
-    meter.faults["power"] = failing(GpuLostError("GPU_IS_LOST", "power"))
-    sampler.take()
-    assert sampler.latest.power_instant_w is None
-    assert "GPU_IS_LOST" in sampler.latest.error
-    assert "GPU_IS_LOST" in sampler.lost
-
-
-# The estimate itself, and traces
+# The estimate itself
 
 
 @given(st.floats(1, 1000), st.floats(0, 1e6), st.integers(2, 80))
@@ -542,47 +497,3 @@ def test_a_line_is_found_whole(watts, start, n):
 def test_no_line_through_one_tick():
     assert fit_slope([], []) is None
     assert fit_slope([1.0], [2.0]) is None
-
-
-TRACES = sorted((ROOT / "benchmarks" / "results").glob("*.trace.csv"))
-
-
-def play(path) -> tuple[RecordedMeter, EnergyMeasurement]:
-    """A window over the whole of a recorded trace."""
-    time = MovedClock()
-    meter = RecordedMeter(time, path)
-    monitor = EnergyMonitor(meter, synchronise=False, clock=time.clock, background=False)
-    time.listeners.append(monitor.poll)
-    return meter, measured(time, monitor, meter.duration_s)
-
-
-@pytest.mark.skipif(not TRACES, reason="no trace of a real GPU has been recorded yet (benchmarks/run_energy.py)")
-@pytest.mark.parametrize("path", TRACES, ids=lambda path: path.name)
-def test_a_real_trace_gives_the_energy_that_its_counter_counted(path):
-    meter, m = play(path)
-    counted = [int(row["energy_counter_mj"]) for _, row in meter.rows if row["energy_counter_mj"]]
-    truth = (counted[-1] - counted[0]) / 1000
-    assert abs(m.energy_j - truth) <= 3 * m.stderr_j + 0.02 * truth
-    assert m.n_ticks > 0.3 * len(counted), "samples at 10 Hz meet a counter that moves about as often"
-
-
-def test_a_recorded_trace_plays_back_as_it_was(tmp_path):
-    """Samples as the sampler writes them, of a made-up GPU; `benchmarks/run_energy.py` records a real one."""
-    time = MovedClock()
-    meter = InventedMeter(time, lambda t: 250 + 100 * math.sin(t / 3), 0.1)
-    meter.sample = lambda at: type(sample_at(meter)(at))(
-        **{**vars(sample_at(meter)(at)), "gpu_util_pct": 80, "mem_util_pct": 20, "clocks_event_reasons": 4}
-    )
-    sampler = PowerSampler(meter, hz=10, clock=time.clock, background=False)
-    for _ in range(1200):
-        time.pass_s(0.01)
-        sampler.take()
-    sampler.to_csv(tmp_path / "trace.csv")
-
-    recorded, m = play(tmp_path / "trace.csv")
-    assert recorded.duration_s == pytest.approx(12, abs=0.1)
-    samples = sampler.timeline()
-    truth = (samples[-1].energy_counter_mj - samples[0].energy_counter_mj) / 1000
-    assert abs(m.energy_j - truth) <= 2 * m.stderr_j + 0.02 * truth
-    assert m.n_ticks == pytest.approx(119, abs=2)
-    assert (m.gpu_util_pct, m.clocks_event_reasons, m.quality) == (80, 4, "ok")
