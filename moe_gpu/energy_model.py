@@ -287,11 +287,13 @@ class EnergyModel:
         *,
         layer: int = 0,
         calls: float | None = None,
+        alone: bool = True,
     ) -> EnergyReport:
         """What each expert took of a measured window in which the layer ran `calls` times (the window's own number).
 
         counts: as `LayerWork.execute`'s. Static joules are shared out by the time that each expert's work takes at
-        least. Of a window without energy the prediction alone is given.
+        least. Of a window without energy the prediction alone is given. alone=False: other work ran in the window
+        too, so nothing is scaled to its joules, nothing closes, and no expert has a share of the static ones.
         Raises CalibrationError for a window of another board or driver, and for work in another dtype.
         """
         self.require(measurement.gpu_uuid, measurement.driver, work.dtype)
@@ -302,7 +304,7 @@ class EnergyModel:
         static_j = self.static_w * measurement.duration_s
         busy_E = np.maximum(done.flops_E / self.flops_per_s, done.bytes_E / self.bytes_per_s)
         static_E = static_j * busy_E / busy_E.sum() if busy_E.sum() > 0 else np.zeros_like(busy_E)
-        measured = measurement.energy_j
+        measured = measurement.energy_j if alone else None
         raw = float(dynamic_E.sum()) + shared_j
         scale = None if measured is None or raw == 0 else max(0.0, measured - static_j) / raw
         unattributed = None if measured is None else measured - static_j - raw
@@ -341,9 +343,9 @@ class EnergyModel:
                     flops=float(done.flops_E[expert]),
                     hbm_bytes=float(done.bytes_E[expert]),
                     dynamic_j=own,
-                    static_j=float(static_E[expert]),
+                    static_j=float(static_E[expert]) if alone else None,
                     stderr_j=self._stderr(0.0, float(done.flops_E[expert]), float(done.bytes_E[expert])),
-                    joules_per_token=(best + float(static_E[expert])) / tokens if tokens else None,
+                    joules_per_token=(best + alone * float(static_E[expert])) / tokens if tokens else None,
                     rescaled_j=None if scale is None else best,
                 )
             )

@@ -30,7 +30,10 @@ SHORT_S = 2.0
 
 @dataclass(frozen=True)
 class LayerEnergyStats:
-    """`measurement` since the last reading; `experts` by the calibration of this GPU, None where `reason` says why."""
+    """`measurement`: the whole GPU's joules since the last reading. `experts`: this layer's, as calibration predicts.
+
+    None where `reason` says why.
+    """
 
     measurement: EnergyMeasurement | None
     experts: EnergyReport | None
@@ -82,7 +85,8 @@ class LayerEnergy:
             work = work_of(device, config, round(per_call), dtype, sm_budget=sm_budget)
             model = EnergyModel.load(meter.uuid, meter.driver_version(), work.dtype)
             mean = [count / calls for count in delta]
-            report = model.attribute(mean, measurement, work, layer=layer_index, calls=calls)
+            # The joules are those of everything that ran, other layers too: they are not this one's to share out.
+            report = model.attribute(mean, measurement, work, layer=layer_index, calls=calls, alone=False)
         except ValueError as error:
             return LayerEnergyStats(measurement, None, str(error))
         return LayerEnergyStats(measurement, report, None)

@@ -225,7 +225,8 @@ class AttributionRow:
     """What one expert of one layer is modelled to have taken of a window's energy; no meter sees it alone.
 
     dynamic_j: as the calibration predicts; rescaled_j: the same, scaled so that all parts sum to the measured energy.
-    static_j: its share of what the GPU takes doing nothing. Rows and FLOPs are those executed, padding included.
+    static_j: its share of what the GPU takes doing nothing, None where other work shared the window. Rows and FLOPs
+    are those executed, padding included.
     """
 
     kind: ClassVar[str] = "attribution"
@@ -237,7 +238,7 @@ class AttributionRow:
     flops: float
     hbm_bytes: float
     dynamic_j: float
-    static_j: float
+    static_j: float | None
     stderr_j: float | None
     joules_per_token: float | None
     method: str
