@@ -51,8 +51,6 @@ app = typer.Typer(
 )
 
 app.add_typer(slices.app, name="slices", help="Divide a GPU by measured load: plan, show, simulate, MIG, bench.")
-
-
 app.add_typer(energy_commands.app, name="energy")
 
 
