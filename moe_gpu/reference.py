@@ -254,15 +254,40 @@ def grouped_gemm_reference(
     return torch.cat(pieces)
 
 
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, copied if it does not start on 64 bytes: BLAS libraries round otherwise there."""
+    return tensor if tensor.data_ptr() % 64 == 0 else tensor.clone()
+
+
+def expert_rows_reference(
+    rows_RH: torch.Tensor, offsets_P: torch.Tensor, weights: ExpertWeights, activation: str
+) -> torch.Tensor:
+    """The experts' own rows (R, O): up, activation, (mid, activation,) down; zero in the rows that no expert has.
+
+    One expert after another, so that what an expert gives depends to the bit on its own rows and weights alone, not on
+    where they lie or which experts are computed beside it. The offsets may begin above 0.
+    """
+    bounds = offsets_P.tolist()
+    width, num_experts = weights.down_EOI.shape[1], weights.down_EOI.shape[0]
+    # One unbind instead of an index each: the gradient of an index is as large as all the experts.
+    up, down, mid, up_bias, mid_bias, down_bias = (
+        [None] * num_experts if stack is None else stack.unbind() for stack in weights.tensors()
+    )
+    pieces = [rows_RH.new_zeros(bounds[0], width)]
+    for e in range(num_experts):
+        rows = _aligned(rows_RH[bounds[e] : bounds[e + 1]])
+        h = activate_reference(F.linear(rows, _aligned(up[e]), up_bias[e]), activation)
+        if weights.mid_EII is not None:
+            h = activate_reference(F.linear(h, _aligned(mid[e]), mid_bias[e]), activation)
+        pieces.append(F.linear(h, _aligned(down[e]), down_bias[e]))
+    pieces.append(rows_RH.new_zeros(rows_RH.shape[0] - bounds[-1], width))
+    return torch.cat(pieces)
+
+
 def experts_reference(x_TH: torch.Tensor, routing: Routing, weights: ExpertWeights, activation: str) -> torch.Tensor:
     """The whole expert part: permute, up, activation, (mid, activation,) down, combine; (T, O)."""
     rows = x_TH.index_select(0, routing.row_token_R)  # those past the last offset are not read
-    offsets = routing.offsets_P
-    h = activate_reference(grouped_gemm_reference(rows, weights.up_EGH, offsets, weights.up_bias_EG), activation)
-    if weights.mid_EII is not None:
-        h = grouped_gemm_reference(h, weights.mid_EII, offsets, weights.mid_bias_EI)
-        h = activate_reference(h, activation)
-    return combine_reference(grouped_gemm_reference(h, weights.down_EOI, offsets, weights.down_bias_EO), routing)
+    return combine_reference(expert_rows_reference(rows, routing.offsets_P, weights, activation), routing)
 
 
 def load_balancing_loss(logits_TE: torch.Tensor, demand_E: torch.Tensor, top_k: int) -> torch.Tensor:

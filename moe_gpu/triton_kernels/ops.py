@@ -164,6 +164,60 @@ class TritonExpertOps:
             fused,
         )[0]
 
+    def expert_rows(
+        self,
+        x_TH: torch.Tensor,
+        routing: Routing,
+        weights: ExpertWeights,
+        activation: str,
+        first_bin: int,
+        num_experts: int,
+        out_RO: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The rows of some experts before the weighted combine, into `out_RO` or a new (R, O); inference only.
+
+        The weights are of the routing's bins from `first_bin` on; rows of other bins are not touched. Kernels and tiles
+        are those that `experts` would use for `num_experts` experts, so a row has the same bits as there. The rows'
+        dtype is the backend's choice; hand them to `combine_rows`.
+        """
+        bounds_P = routing.offsets_P[first_bin : first_bin + weights.up_EGH.shape[0] + 1]
+        if not self._by_triton(x_TH):
+            rows_RH = x_TH.index_select(0, routing.row_token_R)
+            y_RO = reference.expert_rows_reference(rows_RH, bounds_P, weights, activation)
+            if out_RO is None:
+                return y_RO
+            first, end = bounds_P[0], bounds_P[-1]
+            out_RO[first:end] = y_RO[first:end]
+            return out_RO
+        from moe_gpu.triton_kernels.custom_ops import expert_rows
+
+        return expert_rows(
+            x_TH,
+            routing.topk_weights_TK,
+            routing.topk_ids_TK,
+            routing.row_route_R,
+            routing.row_of_route_TK,
+            bounds_P.clone() if first_bin else bounds_P,  # kernels are compiled for 16-byte aligned pointers
+            weights.up_EGH,
+            weights.down_EOI,
+            weights.mid_EII,
+            weights.up_bias_EG,
+            weights.mid_bias_EI,
+            weights.down_bias_EO,
+            activation,
+            self.sm_budget,
+            tiled_experts=num_experts,
+            out=out_RO,
+        )
+
+    def combine_rows(self, y_RO: torch.Tensor, routing: Routing, dtype: torch.dtype) -> torch.Tensor:
+        """`combine` of the rows that `expert_rows` gave, (T, O) in `dtype`; inference only."""
+        if self.backend.name != "triton" or dtype not in KERNEL_DTYPES:
+            return reference.combine_reference(y_RO, routing)
+        from moe_gpu.triton_kernels.gather_scatter import combine_forward
+
+        return combine_forward(y_RO, routing.row_of_route_TK, routing.topk_weights_TK, dtype)
+
     def permute(self, x_TH: torch.Tensor, routing: Routing) -> torch.Tensor:
         """Rows sorted by expert, (R, H), zero where no expert computes; differentiable in x."""
         if not self._by_triton(x_TH):
