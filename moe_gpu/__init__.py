@@ -9,7 +9,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "config": ("Activation", "MoEConfig", "PRESETS", "RouterConfig"),
-    "model": ("AdvancedMoELayer", "Expert", "MoELayer", "MoEStats", "SliceAllocationPolicy"),
+    "expert_cache": ("ExpertCache",),
+    "model": ("AdvancedMoELayer", "Expert", "MoELayer", "MoEStats", "SliceAllocationPolicy", "set_hbm_budget"),
     "profiler": ("ExpertProfiler", "ExpertSnapshot", "RoutingTrace"),
     "reference": ("ExpertWeights", "Routing"),
     "triton_kernels.ops": ("TritonExpertOps",),
@@ -21,7 +22,8 @@ __all__ = sorted(_HOME_OF)
 if TYPE_CHECKING:
     from moe_gpu.benchmark import MoEBenchmark, run_full_benchmark, run_quick_benchmark
     from moe_gpu.config import PRESETS, Activation, MoEConfig, RouterConfig
-    from moe_gpu.model import AdvancedMoELayer, Expert, MoELayer, MoEStats, SliceAllocationPolicy
+    from moe_gpu.expert_cache import ExpertCache
+    from moe_gpu.model import AdvancedMoELayer, Expert, MoELayer, MoEStats, SliceAllocationPolicy, set_hbm_budget
     from moe_gpu.profiler import ExpertProfiler, ExpertSnapshot, RoutingTrace
     from moe_gpu.reference import ExpertWeights, Routing
     from moe_gpu.triton_kernels.ops import TritonExpertOps

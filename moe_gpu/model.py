@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from moe_gpu.config import MoEConfig, RouterConfig, validate_expert
+from moe_gpu.expert_cache import ExpertCache, LayerCache
 from moe_gpu.profiler import AsyncCopy, ExpertProfiler
 from moe_gpu.reference import (
     ExpertWeights,
@@ -238,6 +239,8 @@ class AdvancedMoELayer(_MoEBase):
     is the experts' intermediate width. `capacity_factor=None` is dropless. `stats` is a `MoEStats`: lazy device
     tensors. `layer.features` says which flags are served, by what, and why not; a flag whose subsystem does not exist
     yet is never pretended: it is listed there as inactive and logged once.
+    `hbm_budget` (bytes, "8GiB", a share of the experts, or an ExpertCache that several layers share) keeps the experts'
+    weights in host memory and as many as fit in device memory, for inference: the layer begins in eval mode.
     Raises ValueError for sizes that do not fit and for a wrong dtype.
     """
 
@@ -264,6 +267,7 @@ class AdvancedMoELayer(_MoEBase):
         profiler: ExpertProfiler | None = None,
         layer_index: int = 0,
         debug: bool = False,
+        hbm_budget: int | float | str | ExpertCache | None = None,
     ) -> None:
         if not isinstance(total_slices, int) or total_slices < 1:
             raise ValueError(f"total_slices={total_slices!r} must be an integer of at least 1")
@@ -293,6 +297,9 @@ class AdvancedMoELayer(_MoEBase):
         self.profiler = profiler
         self.layer_index = layer_index
         self.debug = debug
+        self._hbm: LayerCache | None = None
+        if hbm_budget is not None:
+            self.eval().set_hbm_budget(hbm_budget)
         self._asked = {
             "cuda_graphs": (use_cuda_graphs, "no graph manager yet; capture the layer with torch.cuda.graph"),
             "slices": (total_slices > 1, f"no slice manager yet; policy {allocation_policy.name} changes nothing"),
@@ -323,10 +330,56 @@ class AdvancedMoELayer(_MoEBase):
             **options,
         )
 
-    def _apply(self, *args, **kwargs):
-        super()._apply(*args, **kwargs)
-        self.ops = TritonExpertOps(self.gate_up_proj.device, self.use_triton)
+    def set_hbm_budget(self, hbm_budget: int | float | str | ExpertCache | None) -> None:
+        """Run the experts from slots in device memory within a budget, as the constructor's flag; None: from all of it.
+
+        The layer's parameters are frozen: this is for inference. Raises ValueError, and changes nothing, for a layer in
+        training mode, and HbmBudgetError for a budget that cannot be read or holds less than one expert.
+        """
+        if hbm_budget is None:
+            if self._hbm is not None:
+                self._hbm.cache.synchronize()
+                self._hbm = None
+                for parameter in self._expert_parameters().values():
+                    parameter.data = parameter.data.to(self.router_weight.device)
+            return
+        self._attach(_register(self, hbm_budget if isinstance(hbm_budget, ExpertCache) else ExpertCache(hbm_budget)))
+
+    def _attach(self, hbm: LayerCache) -> None:
+        first = self._hbm is None
+        self._hbm = hbm
+        self.requires_grad_(False)
+        if first:
+            self.register_load_state_dict_pre_hook(_finish_copies)
+
+    def _expert_parameters(self) -> dict[str, nn.Parameter]:
+        """What lies in host memory under a budget."""
+        names = ("gate_up_proj", "down_proj", "mid_proj", "gate_up_bias", "mid_bias", "down_bias")
+        return {name: self._parameters[name] for name in names if self._parameters.get(name) is not None}
+
+    def _apply(self, fn, recurse=True):
+        if self._hbm is None:
+            super()._apply(fn, recurse)
+        else:
+            self._apply_around_experts(self._hbm, fn, recurse)
+        self.ops = TritonExpertOps(self.router_weight.device, self.use_triton)
         return self
+
+    def _apply_around_experts(self, hbm: LayerCache, fn, recurse: bool) -> None:
+        """`_apply` that leaves the experts' weights in host memory and gives them the new dtype there."""
+        experts = self._expert_parameters()
+        probes = {name: fn(torch.empty(0, dtype=p.dtype, device=p.device)) for name, p in experts.items()}
+        if any(probe.device.type == "meta" for probe in probes.values()):
+            raise ValueError("a layer with an hbm_budget cannot go to the meta device; call set_hbm_budget(None) first")
+        hbm.cache.synchronize()
+        hbm.resize(sum(p[0].numel() * probes[name].element_size() for name, p in experts.items()))
+        try:
+            self._parameters.update(dict.fromkeys(experts))
+            super()._apply(fn, recurse)
+        finally:
+            self._parameters.update(experts)
+        for name, parameter in experts.items():
+            parameter.data = parameter.data.to(probes[name].dtype)
 
     @property
     def features(self) -> dict[str, Feature]:
@@ -336,20 +389,28 @@ class AdvancedMoELayer(_MoEBase):
         features["profiler"] = Feature(
             self.profiler is not None, self.profiler is not None, "pass profiler=ExpertProfiler(...)"
         )
+        features["expert_cache"] = (
+            Feature(False, False, "pass hbm_budget=...") if self._hbm is None else Feature(True, True, str(self._hbm))
+        )
         for name, (asked, reason) in self._asked.items():
             features[name] = Feature(asked, False, reason)
         return features
 
     def get_performance_stats(self) -> dict[str, object]:
-        """Features and, with a profiler, its latest figures; reads only what has already reached the host."""
+        """Features and, with a profiler or a budget, their latest figures; reads only what has reached the host."""
         return {
             "features": self.features,
             "experts": None if self.profiler is None else self.profiler.snapshot(self.layer_index),
+            "expert_cache": None if self._hbm is None else self._hbm.cache.stats(),
         }
 
     def forward(self, x: torch.Tensor, router_logits_TE: torch.Tensor | None = None) -> tuple[torch.Tensor, MoEStats]:
         """`(output, stats)`; `router_logits_TE` replaces the router's own logits."""
         c = self.config
+        if self._hbm is not None and self.training:
+            raise ValueError(
+                "hbm_budget serves inference only and this layer is training; call .eval(), or give no budget"
+            )
         x_TH = self._flatten(x)
         ops = self.ops
         logits_TE = self._logits(x_TH, router_logits_TE)
@@ -359,12 +420,44 @@ class AdvancedMoELayer(_MoEBase):
         weights = self.expert_weights
         rows_TH = x_TH
         if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            rows_TH, weights = x_TH.to(dtype), weights.to(dtype)
-        out_TO = ops.experts(rows_TH, routing, weights, c.activation)
-        if self.shared_expert is not None:
-            out_TO = out_TO + self.shared_expert(x_TH)
+            rows_TH = x_TH.to(torch.get_autocast_dtype(x.device.type))
+        # Under a budget the host waits for the routing: the shared expert keeps the device busy meanwhile.
+        shared_TO = None if self.shared_expert is None else self.shared_expert(x_TH)
+        if self._hbm is None:
+            out_TO = ops.experts(rows_TH, routing, weights.to(rows_TH.dtype), c.activation)
+        else:
+            out_TO = self._hbm.run(rows_TH, routing, weights, c.activation, ops)
+        if shared_TO is not None:
+            out_TO = out_TO + shared_TO
         if self.profiler is not None:
             self.profiler.record(routing.demand_P, self.layer_index)
         stats = MoEStats(routing, logits_TE, ops.backend_for(rows_TH.dtype).name)
         return out_TO.view(*x.shape[:-1], c.expert_dim), stats
+
+
+def _finish_copies(layer: AdvancedMoELayer, *_: object) -> None:
+    """Before weights are loaded in place: no copy may read them while they change."""
+    if layer._hbm is not None:
+        layer._hbm.cache.synchronize()
+
+
+def _register(layer: AdvancedMoELayer, cache: ExpertCache) -> LayerCache:
+    if layer.training:
+        raise ValueError("hbm_budget serves inference only and this layer is training; call .eval() first")
+    expert_bytes = sum(parameter[0].nbytes for parameter in layer._expert_parameters().values())
+    return cache.register(layer.config.num_experts, expert_bytes)
+
+
+def set_hbm_budget(model: nn.Module, hbm_budget: int | float | str | ExpertCache) -> ExpertCache:
+    """Let all AdvancedMoELayers of a model share one budget, in the order in which the model lists them.
+
+    Raises ValueError, and changes nothing, where there is none, one is training, or the budget does not suffice.
+    """
+    layers = [module for module in model.modules() if isinstance(module, AdvancedMoELayer)]
+    if not layers:
+        raise ValueError(f"hbm_budget={hbm_budget!r}: {type(model).__name__} has no AdvancedMoELayer to apply it to")
+    cache = hbm_budget if isinstance(hbm_budget, ExpertCache) else ExpertCache(hbm_budget)
+    members = [_register(layer, cache) for layer in layers]
+    for layer, member in zip(layers, members, strict=True):
+        layer._attach(member)
+    return cache

@@ -29,6 +29,7 @@ ALLOWED = {
     "triton_kernels": LEAVES,
     "expert_parallel": LEAVES | {"triton_kernels"},
     **dict.fromkeys(MANAGERS, LEAVES),
+    "expert_cache": LEAVES | {"profiler"},  # its asynchronous copies and routing traces
     "model": LAYERS,
     "huggingface": LAYERS,
     "training": LAYERS,

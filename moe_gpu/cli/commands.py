@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from moe_gpu.cli import cache
 from moe_gpu.cli.options import (
     DEVICES,
     DTYPES,
@@ -47,6 +48,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
+app.add_typer(cache.app, name="cache")
 
 
 @app.callback(invoke_without_command=True)
