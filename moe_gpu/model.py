@@ -355,7 +355,8 @@ class AdvancedMoELayer(_MoEBase):
     def _expert_parameters(self) -> dict[str, nn.Parameter]:
         """What lies in host memory under a budget."""
         names = ("gate_up_proj", "down_proj", "mid_proj", "gate_up_bias", "mid_bias", "down_bias")
-        return {name: self._parameters[name] for name in names if self._parameters.get(name) is not None}
+        found = {name: self._parameters.get(name) for name in names}
+        return {name: parameter for name, parameter in found.items() if parameter is not None}
 
     def _apply(self, fn, recurse=True):
         if self._hbm is None:

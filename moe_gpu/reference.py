@@ -270,9 +270,8 @@ def expert_rows_reference(
     bounds = offsets_P.tolist()
     width, num_experts = weights.down_EOI.shape[1], weights.down_EOI.shape[0]
     # One unbind instead of an index each: the gradient of an index is as large as all the experts.
-    up, down, mid, up_bias, mid_bias, down_bias = (
-        [None] * num_experts if stack is None else stack.unbind() for stack in weights.tensors()
-    )
+    stacks: list[Any] = [[None] * num_experts if stack is None else stack.unbind() for stack in weights.tensors()]
+    up, down, mid, up_bias, mid_bias, down_bias = stacks
     pieces = [rows_RH.new_zeros(bounds[0], width)]
     for e in range(num_experts):
         rows = _aligned(rows_RH[bounds[e] : bounds[e + 1]])

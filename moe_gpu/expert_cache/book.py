@@ -1,6 +1,6 @@
 """The bookkeeping of a cache: who is in which slot, the waves of a step, what is prefetched, and every count.
 
-Pure host arithmetic: the cache carries out what is decided here, and the simulator replays traces through the same code.
+Pure host arithmetic: the cache carries out what is decided here, and the simulator replays traces through the same.
 """
 
 from __future__ import annotations

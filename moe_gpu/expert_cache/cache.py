@@ -103,7 +103,7 @@ class ExpertCache:
         return [layer for layer in (member() for member in self._members) if layer is not None]
 
     def register(self, num_experts: int, expert_bytes: int) -> LayerCache:
-        """One more layer under this budget; the slots are divided anew. Raises HbmBudgetError if they do not suffice."""
+        """One more layer under this budget, which is divided anew. Raises HbmBudgetError if it does not suffice."""
         layer = LayerCache(self, num_experts, expert_bytes)
         self._divide([*self.layers, layer])  # refuse before anything changes
         self._members.append(weakref.ref(layer, self._forget_member))
@@ -245,7 +245,7 @@ class LayerCache:
     def run(
         self, x_TH: torch.Tensor, routing: Routing, weights: ExpertWeights, activation: str, ops: Ops
     ) -> torch.Tensor:
-        """The routed experts' weighted output (T, O), the same to the bit as `ops.experts` with all weights on x's device.
+        """The routed experts' weighted output (T, O), to the bit what `ops.experts` gives with all weights on x's device.
 
         weights: the layer's parameters, which live in host memory; they are moved and pinned in place if they do not.
         Raises ValueError where a gradient is asked for or a partly resident layer is captured in a graph, and
@@ -359,7 +359,7 @@ class LayerCache:
         # From here on the host works while the device computes.
         book.learn(self.index, needed_E)
         following = self.cache.layers[book.following(self.index)]
-        if following._seen is not None and following._slots.up_EGH.device == x_TH.device:
+        if following._slots is not None and following._slots.up_EGH.device == x_TH.device:
             following._copy(lane, book.prefetch(self.index))
         return out_TO
 

@@ -81,8 +81,8 @@ class Contest:
     """Chooses the policy: each is replayed in shadow on the real requests, and the one with the most hits serves.
 
     A shadow is a mask of who would be resident; it holds no weights. Hits and requests fade over about WINDOW steps. A
-    policy takes over only if its hit rate is more than MARGIN above the serving one's, and not within DWELL steps of the
-    last change. `chosen` other than "auto" serves always, and nothing is replayed.
+    policy takes over only if its hit rate is more than MARGIN above the serving one's, and not within DWELL steps of
+    the last change. `chosen` other than "auto" serves always, and nothing is replayed.
     """
 
     WINDOW, MARGIN, DWELL = 512, 0.01, 64
