@@ -21,6 +21,10 @@ from moe_gpu.reference import INVALID, ExpertWeights, Routing
 logger = logging.getLogger("moe_gpu")
 
 
+def is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 class Ops(Protocol):
     """What the cache asks of `TritonExpertOps`."""
 
@@ -245,7 +249,7 @@ class LayerCache:
     def run(
         self, x_TH: torch.Tensor, routing: Routing, weights: ExpertWeights, activation: str, ops: Ops
     ) -> torch.Tensor:
-        """The routed experts' weighted output (T, O), to the bit what `ops.experts` gives with all weights on x's device.
+        """The routed experts' weighted output (T, O), to the bit that of `ops.experts` with all weights on x's device.
 
         weights: the layer's parameters, which live in host memory; they are moved and pinned in place if they do not.
         Raises ValueError where a gradient is asked for or a partly resident layer is captured in a graph, and
@@ -255,7 +259,7 @@ class LayerCache:
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
             raise ValueError("hbm_budget serves inference only and a gradient is asked for; run under torch.no_grad()")
         book = self.cache.book()
-        capturing = x_TH.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        capturing = is_capturing(x_TH.device)
         stale = self._seen != self._identity(weights, x_TH.device)
         if capturing and (not self.whole or stale or not book.layers[self.index].resident_E.all()):
             held = f"{count(book.layers[self.index].resident_E)} of {self.num_experts} experts are resident"
@@ -310,6 +314,7 @@ class LayerCache:
                     "give a smaller hbm_budget"
                 ) from error
             self._slots = ExpertWeights(*made)  # type: ignore[arg-type]
+            lane.adopt(slot for slot in made if slot is not None)
         layer.forget()
         self._host = tuple(None if t is None else t.detach() for t in weights.tensors())
         self._ready = [None] * layer.num_slots

@@ -25,6 +25,9 @@ class CopyLane:
     def wait(self, tokens: Iterable[object]) -> None:
         """What the computation's stream is given from now on starts after these tokens."""
 
+    def adopt(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Copies will write to these: when they are freed, their memory is not given out before the copies are done."""
+
     def synchronize(self) -> None:
         """Wait on the host until no copy is under way."""
 
@@ -53,6 +56,10 @@ class CudaCopyLane(CopyLane):
         current = torch.cuda.current_stream(self.device)
         for event in _pending(tokens):
             current.wait_event(event)
+
+    def adopt(self, tensors: Iterable[torch.Tensor]) -> None:
+        for tensor in tensors:
+            tensor.record_stream(self.stream)
 
     def synchronize(self) -> None:
         self.stream.synchronize()

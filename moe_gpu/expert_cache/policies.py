@@ -85,7 +85,7 @@ class Contest:
     the last change. `chosen` other than "auto" serves always, and nothing is replayed.
     """
 
-    WINDOW, MARGIN, DWELL = 512, 0.01, 64
+    WINDOW, MARGIN, DWELL = 512, 0.02, 64
 
     def __init__(self, sizes: Sequence[tuple[int, int]], chosen: str = "auto") -> None:
         self.chosen = chosen
