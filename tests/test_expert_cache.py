@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib.util
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -412,3 +415,31 @@ def test_features_and_stats_say_what_is_on():
     assert feature.reason.startswith(f"2 of 5 experts have slots of {cached._hbm.expert_bytes} bytes, policy auto")
     whole, _ = twins("1GiB")
     assert whole.features["expert_cache"].reason.endswith("the budget holds them all")
+
+
+# The recorder of GPU runs
+
+
+def test_the_recorder_runs_every_arm_and_goes_on_after_a_failure(tmp_path, capsys, monkeypatch):
+    from moe_gpu.results import ExpertCacheRow, read_rows, select
+
+    path = Path(__file__).resolve().parent.parent / "benchmarks" / "run_expert_cache.py"
+    spec = importlib.util.spec_from_file_location("run_expert_cache", path)
+    script = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, script)
+    spec.loader.exec_module(script)
+    ids = torch.rand(2, 512, 8).topk(2).indices.to(torch.int16)
+    RoutingTrace(ids, 8, "made up").save(tmp_path / "trace.safetensors")
+    monkeypatch.setattr(script, "TOKENS", (1, 16))
+    monkeypatch.setattr(script, "SHARES", (0.25, 0.001))  # 0.001: no layer gets a slot
+    output = tmp_path / "rows.jsonl"
+    assert script.main([str(output), "--smoke", "--trace", str(tmp_path / "trace.safetensors")]) == 0
+    rows = select(read_rows(output), ExpertCacheRow)
+    measured = [row for row in rows if not row.simulated]
+    assert len(measured) == 2 * (1 + 2 * len(script.ARMS))
+    assert {row.status for row in measured if row.slots_per_layer > 1} == {"ok"}
+    assert all(row.bit_exact and row.mean_ms > 0 for row in measured if row.status == "ok")
+    failed = [row for row in measured if row.status == "failed"]
+    assert len(failed) == 2 * len(script.ARMS)
+    assert all("below one expert" in row.reason and row.hit_rate is None for row in failed)
+    assert "10 arms wrong or failed" in capsys.readouterr().out
