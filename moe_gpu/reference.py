@@ -93,6 +93,8 @@ class ExpertWeights:
 
     def to(self, dtype: torch.dtype) -> ExpertWeights:
         """The same weights in another dtype (the same tensors where nothing changes)."""
+        if all(tensor is None or tensor.dtype == dtype for tensor in self.tensors()):
+            return self
 
         def convert(tensor: Any) -> Any:
             return None if tensor is None else tensor.to(dtype)
