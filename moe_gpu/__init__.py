@@ -18,8 +18,9 @@ _HOMES = {
         "measure_energy",
         "select_sm_slice",
     ),
+    "expert_cache": ("ExpertCache",),
     "gpu_slice_manager": ("AdvancedGPUSliceManager", "GPUSliceOptimizer"),
-    "model": ("AdvancedMoELayer", "Expert", "MoELayer", "MoEStats"),
+    "model": ("AdvancedMoELayer", "Expert", "MoELayer", "MoEStats", "set_hbm_budget"),
     "profiler": ("ExpertProfiler", "ExpertSnapshot", "RoutingTrace"),
     "reference": ("ExpertWeights", "Routing"),
     "results": ("EnergyMeasurement",),
@@ -47,9 +48,10 @@ if TYPE_CHECKING:
         measure_energy,
         select_sm_slice,
     )
+    from moe_gpu.expert_cache import ExpertCache
     from moe_gpu.gpu_slice_manager import AdvancedGPUSliceManager, GPUSliceOptimizer
     from moe_gpu.huggingface import CoverageReport, disable, enable
-    from moe_gpu.model import AdvancedMoELayer, Expert, MoELayer, MoEStats
+    from moe_gpu.model import AdvancedMoELayer, Expert, MoELayer, MoEStats, set_hbm_budget
     from moe_gpu.profiler import ExpertProfiler, ExpertSnapshot, RoutingTrace
     from moe_gpu.reference import ExpertWeights, Routing
     from moe_gpu.results import EnergyMeasurement

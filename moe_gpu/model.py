@@ -12,6 +12,7 @@ from torch import nn
 
 from moe_gpu.config import MoEConfig, RouterConfig, validate_expert
 from moe_gpu.energy_work import LayerWork
+from moe_gpu.expert_cache import ExpertCache, LayerCache
 from moe_gpu.layer_energy import LayerEnergy, feature_reason, work_of
 from moe_gpu.profiler import AsyncCopy, ExpertProfiler
 from moe_gpu.reference import (
@@ -232,6 +233,8 @@ class AdvancedMoELayer(_MoEBase):
     is the experts' intermediate width. `capacity_factor=None` is dropless. `stats` is a `MoEStats`: lazy device
     tensors. `layer.features` says which flags are served, by what, and why not; a flag whose subsystem does not exist
     yet is never pretended: it is listed there as inactive and logged once.
+    `hbm_budget` (bytes, "8GiB", a share of the experts, or an ExpertCache that several layers share) keeps the experts'
+    weights in host memory and as many as fit in device memory, for inference: the layer begins in eval mode.
     Raises ValueError for sizes that do not fit and for a wrong dtype.
     """
 
@@ -258,6 +261,7 @@ class AdvancedMoELayer(_MoEBase):
         profiler: ExpertProfiler | None = None,
         layer_index: int = 0,
         debug: bool = False,
+        hbm_budget: int | float | str | ExpertCache | None = None,
     ) -> None:
         if not isinstance(total_slices, int) or total_slices < 1:
             raise ValueError(f"total_slices={total_slices!r} must be an integer of at least 1")
@@ -289,6 +293,9 @@ class AdvancedMoELayer(_MoEBase):
         self.layer_index = layer_index
         self.debug = debug
         self._energy = LayerEnergy() if enable_energy_monitoring else None
+        self._hbm: LayerCache | None = None
+        if hbm_budget is not None:
+            self.eval().set_hbm_budget(hbm_budget)
         self._asked = {
             "cuda_graphs": (use_cuda_graphs, "no graph manager yet; capture the layer with torch.cuda.graph"),
             "slices": (
@@ -324,14 +331,61 @@ class AdvancedMoELayer(_MoEBase):
             **options,
         )
 
-    def _apply(self, *args, **kwargs):
-        super()._apply(*args, **kwargs)
+    def set_hbm_budget(self, hbm_budget: int | float | str | ExpertCache | None) -> None:
+        """Run the experts from slots in device memory within a budget, as the constructor's flag; None: from all of it.
+
+        The layer's parameters are frozen: this is for inference. Raises ValueError, and changes nothing, for a layer in
+        training mode, and HbmBudgetError for a budget that cannot be read or holds less than one expert.
+        """
+        if hbm_budget is None:
+            if self._hbm is not None:
+                self._hbm.cache.synchronize()
+                self._hbm = None
+                for parameter in self._expert_parameters().values():
+                    parameter.data = parameter.data.to(self.router_weight.device)
+            return
+        self._attach(_register(self, hbm_budget if isinstance(hbm_budget, ExpertCache) else ExpertCache(hbm_budget)))
+
+    def _attach(self, hbm: LayerCache) -> None:
+        first = self._hbm is None
+        self._hbm = hbm
+        self.requires_grad_(False)
+        if first:
+            self.register_load_state_dict_pre_hook(_finish_copies)
+
+    def _expert_parameters(self) -> dict[str, nn.Parameter]:
+        """What lies in host memory under a budget."""
+        names = ("gate_up_proj", "down_proj", "mid_proj", "gate_up_bias", "mid_bias", "down_bias")
+        found = {name: self._parameters.get(name) for name in names}
+        return {name: parameter for name, parameter in found.items() if parameter is not None}
+
+    def _apply(self, fn, recurse=True):
+        if self._hbm is None:
+            super()._apply(fn, recurse)
+        else:
+            self._apply_around_experts(self._hbm, fn, recurse)
         self._make_ops()
         return self
 
+    def _apply_around_experts(self, hbm: LayerCache, fn, recurse: bool) -> None:
+        """`_apply` that leaves the experts' weights in host memory and gives them the new dtype there."""
+        experts = self._expert_parameters()
+        probes = {name: fn(torch.empty(0, dtype=p.dtype, device=p.device)) for name, p in experts.items()}
+        if any(probe.device.type == "meta" for probe in probes.values()):
+            raise ValueError("a layer with an hbm_budget cannot go to the meta device; call set_hbm_budget(None) first")
+        hbm.cache.synchronize()
+        hbm.resize(sum(p[0].numel() * probes[name].element_size() for name, p in experts.items()))
+        try:
+            self._parameters.update(dict.fromkeys(experts))
+            super()._apply(fn, recurse)
+        finally:
+            self._parameters.update(experts)
+        for name, parameter in experts.items():
+            parameter.data = parameter.data.to(probes[name].dtype)
+
     def _make_ops(self) -> None:
         budget = None if self.slice is None else self.slice.got_sms or self.slice.asked_sms
-        self.ops = TritonExpertOps(self.gate_up_proj.device, self.use_triton, budget)
+        self.ops = TritonExpertOps(self.router_weight.device, self.use_triton, budget)
 
     def use_slice(self, held: GPUSlice | None) -> None:
         """Keep this layer's kernels to a slice's SMs from the next call on; None: to none.
@@ -349,6 +403,9 @@ class AdvancedMoELayer(_MoEBase):
         features["profiler"] = Feature(
             self.profiler is not None, self.profiler is not None, "pass profiler=ExpertProfiler(...)"
         )
+        features["expert_cache"] = (
+            Feature(False, False, "pass hbm_budget=...") if self._hbm is None else Feature(True, True, str(self._hbm))
+        )
         for name, (asked, reason) in self._asked.items():
             features[name] = Feature(asked, False, reason)
         if self.slice is not None:
@@ -359,7 +416,7 @@ class AdvancedMoELayer(_MoEBase):
     def _energy_feature(self) -> Feature:
         if self._energy is None:
             return Feature(False, False, "enable_energy_monitoring=False")
-        return Feature(True, *feature_reason(self.gate_up_proj.device, self.gate_up_proj.dtype))
+        return Feature(True, *feature_reason(self.router_weight.device, self.gate_up_proj.dtype))
 
     @staticmethod
     def _slice_feature(held: GPUSlice, backend: str) -> Feature:
@@ -372,19 +429,20 @@ class AdvancedMoELayer(_MoEBase):
         return Feature(True, True, f"{kept}; nothing keeps other kernels off them")
 
     def get_performance_stats(self) -> dict[str, object]:
-        """Features, the profiler's latest figures if there is one, and the GPU's energy since the last call of this.
+        """Features, the latest figures of a profiler and of a budget, and the GPU's energy since the last call of this.
 
         Reads only what has already reached the host, and the driver's energy counter.
         """
         energy = None
         if self._energy is not None:
-            device, dtype = self.gate_up_proj.device, self.gate_up_proj.dtype
+            device, dtype = self.router_weight.device, self.gate_up_proj.dtype
             budget = self.ops.sm_budget
             energy = self._energy.stats(self.config, device, dtype, self.profiler, self.layer_index, budget)
         return {
             "features": self.features,
             "experts": None if self.profiler is None else self.profiler.snapshot(self.layer_index),
             "energy": energy,
+            "expert_cache": None if self._hbm is None else self._hbm.cache.stats(),
         }
 
     def energy_work(self, num_tokens: int, mode: str = "forward") -> LayerWork:
@@ -393,11 +451,15 @@ class AdvancedMoELayer(_MoEBase):
         Raises ValueError for experts of depth 2 and for another mode than forward and forward+backward.
         """
         w = self.gate_up_proj
-        return work_of(w.device, self.config, num_tokens, w.dtype, mode, self.ops.sm_budget)
+        return work_of(self.router_weight.device, self.config, num_tokens, w.dtype, mode, self.ops.sm_budget)
 
     def forward(self, x: torch.Tensor, router_logits_TE: torch.Tensor | None = None) -> tuple[torch.Tensor, MoEStats]:
         """`(output, stats)`; `router_logits_TE` replaces the router's own logits."""
         c = self.config
+        if self._hbm is not None and self.training:
+            raise ValueError(
+                "hbm_budget serves inference only and this layer is training; call .eval(), or give no budget"
+            )
         x_TH = self._flatten(x)
         ops = self.ops
         logits_TE = self._logits(x_TH, router_logits_TE)
@@ -407,14 +469,46 @@ class AdvancedMoELayer(_MoEBase):
         weights = self.expert_weights
         rows_TH = x_TH
         if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            rows_TH, weights = x_TH.to(dtype), weights.to(dtype)
-        out_TO = ops.experts(rows_TH, routing, weights, c.activation)
-        if self.shared_expert is not None:
-            out_TO = out_TO + self.shared_expert(x_TH)
+            rows_TH = x_TH.to(torch.get_autocast_dtype(x.device.type))
+        # Under a budget the host waits for the routing: the shared expert keeps the device busy meanwhile.
+        shared_TO = None if self.shared_expert is None else self.shared_expert(x_TH)
+        if self._hbm is None:
+            out_TO = ops.experts(rows_TH, routing, weights.to(rows_TH.dtype), c.activation)
+        else:
+            out_TO = self._hbm.run(rows_TH, routing, weights, c.activation, ops)
+        if shared_TO is not None:
+            out_TO = out_TO + shared_TO
         if self.profiler is not None:
             self.profiler.record(routing.demand_P, self.layer_index)
         if self._energy is not None and not torch.compiler.is_compiling():
             self._energy.note(x_TH.shape[0])
         stats = MoEStats(routing, logits_TE, ops.backend_for(rows_TH.dtype).name)
         return out_TO.view(*x.shape[:-1], c.expert_dim), stats
+
+
+def _finish_copies(layer: AdvancedMoELayer, *_: object) -> None:
+    """Before weights are loaded in place: no copy may read them while they change."""
+    if layer._hbm is not None:
+        layer._hbm.cache.synchronize()
+
+
+def _register(layer: AdvancedMoELayer, cache: ExpertCache) -> LayerCache:
+    if layer.training:
+        raise ValueError("hbm_budget serves inference only and this layer is training; call .eval() first")
+    expert_bytes = sum(parameter[0].nbytes for parameter in layer._expert_parameters().values())
+    return cache.register(layer.config.num_experts, expert_bytes)
+
+
+def set_hbm_budget(model: nn.Module, hbm_budget: int | float | str | ExpertCache) -> ExpertCache:
+    """Let all AdvancedMoELayers of a model share one budget, in the order in which the model lists them.
+
+    Raises ValueError, and changes nothing, where there is none, one is training, or the budget does not suffice.
+    """
+    layers = [module for module in model.modules() if isinstance(module, AdvancedMoELayer)]
+    if not layers:
+        raise ValueError(f"hbm_budget={hbm_budget!r}: {type(model).__name__} has no AdvancedMoELayer to apply it to")
+    cache = hbm_budget if isinstance(hbm_budget, ExpertCache) else ExpertCache(hbm_budget)
+    members = [_register(layer, cache) for layer in layers]
+    for layer, member in zip(layers, members, strict=True):
+        layer._attach(member)
+    return cache

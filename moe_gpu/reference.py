@@ -97,6 +97,8 @@ class ExpertWeights:
 
     def to(self, dtype: torch.dtype) -> ExpertWeights:
         """The same weights in another dtype (the same tensors where nothing changes)."""
+        if all(tensor is None or tensor.dtype == dtype for tensor in self.tensors()):
+            return self
 
         def convert(tensor: Any) -> Any:
             return None if tensor is None else tensor.to(dtype)
@@ -259,16 +261,50 @@ def grouped_gemm_reference(
     return torch.cat(pieces)
 
 
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, copied if it does not start on 64 bytes: BLAS libraries round otherwise there."""
+    return tensor if tensor.data_ptr() % 64 == 0 else tensor.clone()
+
+
+def expert_rows_reference(
+    rows_RH: torch.Tensor, offsets_P: torch.Tensor, weights: ExpertWeights, activation: str
+) -> torch.Tensor:
+    """The experts' own rows (R, O): up, activation, (mid, activation,) down; zero in the rows that no expert has.
+
+    One expert after another, so that what an expert gives depends to the bit on its own rows and weights alone, not on
+    where they lie or which experts are computed beside it. The offsets may begin above 0.
+    """
+    bounds = offsets_P.tolist()
+    width, num_experts = weights.down_EOI.shape[1], weights.down_EOI.shape[0]
+    # One unbind instead of an index each: the gradient of an index is as large as all the experts.
+    stacks: list[Any] = [[None] * num_experts if stack is None else stack.unbind() for stack in weights.tensors()]
+    up, down, mid, up_bias, mid_bias, down_bias = stacks
+    pieces = [rows_RH.new_zeros(bounds[0], width)]
+    for e in range(num_experts):
+        rows = _aligned(rows_RH[bounds[e] : bounds[e + 1]])
+        h = activate_reference(F.linear(rows, _aligned(up[e]), up_bias[e]), activation)
+        if weights.mid_EII is not None:
+            h = activate_reference(F.linear(h, _aligned(mid[e]), mid_bias[e]), activation)
+        pieces.append(F.linear(h, _aligned(down[e]), down_bias[e]))
+    pieces.append(rows_RH.new_zeros(rows_RH.shape[0] - bounds[-1], width))
+    return torch.cat(pieces)
+
+
 def experts_reference(
     x_TH: torch.Tensor,
     routing: Routing,
     weights: ExpertWeights,
     activation: str,
-    grouped_gemm: Callable[..., torch.Tensor] = grouped_gemm_reference,
+    grouped_gemm: Callable[..., torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """The whole expert part: permute, up, activation, (mid, activation,) down, combine; (T, O)."""
+    """The whole expert part: permute, up, activation, (mid, activation,) down, combine; (T, O).
+
+    grouped_gemm: stands for `grouped_gemm_reference` where a graph is traced, which cannot hold a loop over experts.
+    """
     rows = x_TH.index_select(0, routing.row_token_R)  # those past the last offset are not read
     offsets = routing.offsets_P
+    if grouped_gemm is None:
+        return combine_reference(expert_rows_reference(rows, offsets, weights, activation), routing)
     h = activate_reference(grouped_gemm(rows, weights.up_EGH, offsets, weights.up_bias_EG), activation)
     if weights.mid_EII is not None:
         h = grouped_gemm(h, weights.mid_EII, offsets, weights.mid_bias_EI)

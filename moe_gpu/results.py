@@ -1,8 +1,8 @@
 """Result rows: what was run on what, one JSON object a line. The only way numbers reach a plot, a table or a page.
 
 A file is a sequence of rows; `kind` says which: `machine` (once, first), `ceiling`, `benchmark`, `training`,
-`expert_load`, `tile`, `slice`, `energy`, `attribution`, `attribution_sum`, `finding`. Unknown is None, never 0. Units
-stand in the names.
+`expert_load`, `tile`, `slice`, `expert_cache`, `energy`, `attribution`, `attribution_sum`, `finding`. Unknown is None,
+never 0. Units stand in the names.
 """
 
 from __future__ import annotations
@@ -162,6 +162,45 @@ class TileRow:
 
 
 @dataclass(frozen=True)
+class ExpertCacheRow:
+    """One policy of the expert cache over one routing trace; `simulated` ones moved no weights and have no times.
+
+    A request is one expert needed by one step of one layer; a copy is one expert brought to the device. status: "ok",
+    "wrong" (the output differs from fully resident weights) or "failed"; `reason` says why unless ok.
+    """
+
+    kind: ClassVar[str] = "expert_cache"
+    source: str  # the trace, in words
+    policy: str  # of expert_cache.POLICIES; "optimal" knows the future; "resident" is the layer without a budget
+    num_layers: int
+    num_experts: int
+    top_k: int
+    slots_per_layer: int
+    tokens_per_step: int
+    simulated: bool
+    status: str = "ok"
+    reason: str | None = None
+    steps: int | None = None  # of all layers
+    hits: int | None = None
+    misses: int | None = None
+    hit_rate: float | None = None
+    copies: int | None = None  # prefetches included
+    copies_prefetched: int | None = None
+    copies_wasted: int | None = None  # prefetched and evicted unused
+    evictions: int | None = None
+    expert_bytes: int | None = None
+    bytes_copied: int | None = None
+    prefetch: bool | None = None  # asked for
+    serving: str | None = None  # the policy that serves at the end
+    policy_switches: int | None = None
+    bit_exact: bool | None = None  # with fully resident weights, over every step compared
+    samples: int | None = None
+    mean_ms: float | None = None  # a step of one layer
+    p50_ms: float | None = None
+    p95_ms: float | None = None
+
+
+@dataclass(frozen=True)
 class SliceRow:
     """One measurement of slices. status: "ok", "unavailable" or "failed"; `reason` says why unless ok."""
 
@@ -298,6 +337,7 @@ Row = (
     | ExpertLoadRow
     | TileRow
     | SliceRow
+    | ExpertCacheRow
     | EnergyMeasurement
     | AttributionRow
     | AttributionSum

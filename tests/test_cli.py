@@ -14,10 +14,11 @@ import typer.main
 
 from moe_gpu import __version__
 from moe_gpu.cli import app, main, options
+from moe_gpu.cli.cache import CACHE_POLICIES
 from moe_gpu.config import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ["README.md", "QUICKSTART.md", "docs/energy.md", "docs/slicing.md"]
+DOCUMENTS = ["README.md", "QUICKSTART.md", "docs/energy.md", "docs/expert_cache.md", "docs/slicing.md"]
 COMMANDS = ["demo", "bench", "train", "report", "profile", "tune", "doctor"]
 GROUPS = {"energy": ["measure", "calibrate", "report", "watch"]}
 KEPT = "an earlier run's file\n"
@@ -85,6 +86,10 @@ def refused(capsys, *arguments: str | Path) -> str:
         (["report"], ["RESULTS.jsonl"]),
         (["report", "missing.jsonl"], ["missing.jsonl", "No such file"]),
         (["doctor", "now"], ["unexpected extra argument"]),
+        (["cache", "simulate"], ["TRACE"]),
+        (["cache", "simulate", "missing.safetensors"], ["missing.safetensors", "No such file"]),
+        (["cache", "simulate", "t", "--policy", "fifo"], ["'fifo'", "on-demand"]),
+        (["cache", "simulate", "t", "--tokens", "0"], ["0 is below", "at least 1"]),
         (["frobnicate"], ["No such command 'frobnicate'"]),
     ],
 )
@@ -237,6 +242,25 @@ def test_bench_writes_rows_and_prints_them_as_json(here, capsys):
         (provider, tokens, "ok") for provider in ("moe_gpu", "torch_loop") for tokens in (8, 16)
     }
     assert all((row.input_dim, row.expert_dim, row.num_experts) == (16, 16, 4) for row in timed)
+
+
+def test_a_cache_is_simulated_on_a_trace(here, capsys):
+    import torch
+
+    from moe_gpu.expert_cache.simulate import SIMULATED
+    from moe_gpu.profiler import RoutingTrace
+    from moe_gpu.results import ExpertCacheRow, from_json
+
+    assert set(CACHE_POLICIES) == set(SIMULATED)
+    RoutingTrace(torch.rand(2, 40, 8).topk(2).indices.to(torch.int16), 8, "test").save(here / "trace.safetensors")
+    assert "1 to the trace's 8 experts" in refused(capsys, "cache", "simulate", "trace.safetensors", "--budget", "9")
+    arguments = ["cache", "simulate", "trace.safetensors", "--budget", "2,50%", "--policy", "lru,auto", "--no-prefetch"]
+    assert main(arguments) == 0
+    assert "hit rate" in capsys.readouterr().out
+    assert main([*arguments, "--json"]) == 0
+    rows = [from_json(line) for line in capsys.readouterr().out.splitlines()]
+    assert all(isinstance(row, ExpertCacheRow) and row.simulated for row in rows)
+    assert [(row.slots_per_layer, row.policy) for row in rows] == [(2, "lru"), (2, "auto"), (4, "lru"), (4, "auto")]
 
 
 def test_explain_of_a_described_gpu_runs_nothing_and_says_so(here, capsys, monkeypatch):

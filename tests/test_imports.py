@@ -30,6 +30,7 @@ ALLOWED = {
     "expert_parallel": LEAVES | {"triton_kernels"},
     "slices": LEAVES,
     **dict.fromkeys(MANAGERS, LEAVES),
+    "expert_cache": LEAVES | {"profiler"},  # its asynchronous copies and routing traces
     "profiler": LEAVES | {"triton_kernels"},  # its counters are added up by a kernel
     "gpu_slice_manager": LEAVES | {"slices", "profiler"},
     "energy_work": set(),

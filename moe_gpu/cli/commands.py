@@ -16,8 +16,8 @@ from typing import Annotated, Any
 
 import typer
 
+from moe_gpu.cli import cache, slices
 from moe_gpu.cli import energy as energy_commands
-from moe_gpu.cli import slices
 from moe_gpu.cli.options import (
     DEVICES,
     DTYPES,
@@ -52,6 +52,7 @@ app = typer.Typer(
 
 app.add_typer(slices.app, name="slices", help="Divide a GPU by measured load: plan, show, simulate, MIG, bench.")
 app.add_typer(energy_commands.app, name="energy")
+app.add_typer(cache.app, name="cache")
 
 
 @app.callback(invoke_without_command=True)

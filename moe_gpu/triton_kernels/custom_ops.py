@@ -137,9 +137,10 @@ class _Operands(NamedTuple):
     def top_k(self) -> int:
         return self.ids.shape[1]
 
-    def products(self, *more_rows: torch.Tensor) -> Products:
+    def products(self, *more_rows: torch.Tensor, tiled_experts: int | None = None) -> Products:
         weights = (self.up, self.down) if self.mid is None else (self.up, self.mid, self.down)
-        return Products.of((self.x, *more_rows), weights, self.offsets, self.num_rows, self.sm_budget)
+        rows = (self.x, *more_rows)
+        return Products.of(rows, weights, self.offsets, self.num_rows, self.sm_budget, tiled_experts)
 
     def absent(self) -> torch.Tensor:
         """Stands for a result that there is not: operators return tensors only."""
@@ -156,22 +157,39 @@ def _experts(*arguments):
             o.x, o.row_route, o.offsets, o.top_k, o.up, o.down, o.activation, tile, o.up_bias, o.down_bias
         )
         return combine_forward(y, o.row_of_route, o.weights, o.x.dtype), o.absent(), o.absent()
+    y, h, h2 = _rows(o, save, o.num_experts)
+    out = combine_forward(y, o.row_of_route, o.weights, o.x.dtype)
+    return out, o.absent() if h is None else h, o.absent() if h2 is None else h2
+
+
+def _rows(
+    o: _Operands, save: bool, tiled_experts: int, out: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """The experts' rows before the weighted combine, and the pre-activations if they are saved.
+
+    Kernel and tile are chosen as for `tiled_experts` experts, so that rows are the same to the bit whether the weights
+    are of all experts or of some.
+    """
     depth = 1 if o.mid is None else 2
-    if decode_unsupported(o.x, o.num_rows, o.num_experts, depth, save, o.sm_budget) is None:
+    if decode_unsupported(o.x, o.num_rows, tiled_experts, depth, save, o.sm_budget) is None:
         rows = (o.x, o.row_route, o.offsets, o.top_k)
-        y = decode_forward(*rows, o.up, o.down, o.activation, decode_config(o.num_rows), o.up_bias, o.down_bias)
-        return combine_forward(y, o.row_of_route, o.weights, o.x.dtype), o.absent(), o.absent()
+        config = decode_config(o.num_rows)
+        return decode_forward(*rows, o.up, o.down, o.activation, config, o.up_bias, o.down_bias, out), None, None
     o = o._replace(x=row_contiguous(o.x))
-    products = o.products()
+    products = o.products(tiled_experts=tiled_experts)
     keep: dict[str, Any] = {"activation": o.activation, "save_h": save}
     gather: dict[str, Any] = {"route_R": o.row_route, "top_k": o.top_k}
     a, h = products.forward("up", o.x, o.up, bias_EN=o.up_bias, **gather, **keep)
     h2 = None
     if o.mid is not None:
         a, h2 = products.forward("up", a, o.mid, bias_EN=o.mid_bias, **keep)
-    y, _ = products.forward("down", a, o.down, bias_EN=o.down_bias)
-    out = combine_forward(y, o.row_of_route, o.weights, o.x.dtype)
-    return out, o.absent() if h is None else h, o.absent() if h2 is None else h2
+    y, _ = products.forward("down", a, o.down, bias_EN=o.down_bias, out=out)
+    return y, h, h2
+
+
+def expert_rows(*arguments: Any, tiled_experts: int, out: torch.Tensor | None) -> torch.Tensor:
+    """`_rows` for inference, of the arguments of the operator `experts` up to `sm_budget`."""
+    return _rows(_Operands(*arguments), False, tiled_experts, out)[0]
 
 
 def _experts_fake(*arguments):

@@ -257,15 +257,19 @@ def decode_forward(
     config: DecodeConfig,
     up_bias_EG: torch.Tensor | None = None,
     down_bias_EO: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The experts' rows (R, O) in float32, before the weighted combine; rows past the last offset are not written."""
+    """The experts' rows (R, O) in float32, before the weighted combine; rows past the last offset are not written.
+
+    They go to `out` if it is given, else to new memory.
+    """
     x_TH = row_contiguous(x_TH)
     kind = ACTIVATIONS[activation]
     num_experts, output_dim, hidden_dim = down_EOI.shape
     num_rows, input_dim = row_route_R.shape[0], x_TH.shape[1]
     up, down = config.up, config.down
     a = torch.empty(num_rows, hidden_dim, dtype=x_TH.dtype, device=x_TH.device)
-    y = torch.empty(num_rows, output_dim, dtype=torch.float32, device=x_TH.device)
+    y = torch.empty(num_rows, output_dim, dtype=torch.float32, device=x_TH.device) if out is None else out
     if num_rows == 0:
         return y
     row_tiles = min(num_rows, cdiv(num_rows, config.block_m) + min(num_experts, num_rows))

@@ -312,11 +312,13 @@ def grouped_gemm_forward(
     save_h: bool = False,
     zero_tail: bool = False,
     sm_budget: int | None = None,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`f(a W[e]^T + bias[e])` over the rows of each expert, and the pre-activations if asked for.
 
     a: (R, K), or (T, K) gathered by `route_R // top_k`. w_ENK may have any strides. Returns (R, N) (half of w's N when
-    gated) and h or None. Rows past the last offset are zero if `zero_tail`, else left unwritten.
+    gated) and h or None. Rows past the last offset are zero if `zero_tail`, else left unwritten. `out` is written into
+    if given, instead of new memory.
     """
     a = row_contiguous(a)
     num_experts, w_rows, depth = w_ENK.shape
@@ -324,7 +326,7 @@ def grouped_gemm_forward(
     gated = kind is not None and kind.gated
     columns = w_rows // 2 if gated else w_rows
     new = torch.zeros if zero_tail else torch.empty
-    out = new(num_rows, columns, dtype=a.dtype, device=a.device)
+    out = new(num_rows, columns, dtype=a.dtype, device=a.device) if out is None else out
     h = torch.empty(num_rows, w_rows, dtype=a.dtype, device=a.device) if save_h else None
     if num_rows == 0:
         return out, h

@@ -379,6 +379,7 @@ def grouped_gemm_hopper(
     bias_EN: torch.Tensor | None = None,
     save_h: bool = False,
     zero_tail: bool = False,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """As `grouped_gemm_forward`: (R, N), half of w's N when gated, and the pre-activations (R, w's N) or None."""
     _, w_rows, depth = w_ENK.shape
@@ -387,7 +388,7 @@ def grouped_gemm_hopper(
     columns = w_rows // 2 if gated else w_rows
     num_rows, gather = row_tiles.num_rows, route_R is not None
     new = torch.zeros if zero_tail else torch.empty
-    out = new(num_rows, columns, dtype=a.dtype, device=a.device)
+    out = new(num_rows, columns, dtype=a.dtype, device=a.device) if out is None else out
     h = torch.empty(num_rows, w_rows, dtype=a.dtype, device=a.device) if save_h else None
     width = config.store_width(gated)
     w_desc, by_k = stacked_weights(w_ENK, width if gated else TILE_N)

@@ -137,7 +137,7 @@ class TritonExpertOps:
         """
         check_experts(x_TH, routing, weights, activation)
         if not self._by_triton(x_TH):
-            return reference.experts_reference(x_TH, routing, weights, activation, _reference_gemm())
+            return reference.experts_reference(x_TH, routing, weights, activation, _traced_gemm())
         w = weights
         leaves = (x_TH, routing.topk_weights_TK, *w.tensors())
         save = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in leaves)
@@ -166,6 +166,60 @@ class TritonExpertOps:
             fused,
         )[0]
 
+    def expert_rows(
+        self,
+        x_TH: torch.Tensor,
+        routing: Routing,
+        weights: ExpertWeights,
+        activation: str,
+        first_bin: int,
+        num_experts: int,
+        out_RO: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The rows of some experts before the weighted combine, into `out_RO` or a new (R, O); inference only.
+
+        The weights are of the routing's bins from `first_bin` on; rows of other bins are not touched. Kernels and tiles
+        are those that `experts` would use for `num_experts` experts, so a row has the same bits as there. The rows'
+        dtype is the backend's choice; hand them to `combine_rows`.
+        """
+        bounds_P = routing.offsets_P[first_bin : first_bin + weights.up_EGH.shape[0] + 1]
+        if not self._by_triton(x_TH):
+            rows_RH = x_TH.index_select(0, routing.row_token_R)
+            y_RO = reference.expert_rows_reference(rows_RH, bounds_P, weights, activation)
+            if out_RO is None:
+                return y_RO
+            first, end = bounds_P[0], bounds_P[-1]
+            out_RO[first:end] = y_RO[first:end]
+            return out_RO
+        from moe_gpu.triton_kernels.custom_ops import expert_rows
+
+        return expert_rows(
+            x_TH,
+            routing.topk_weights_TK,
+            routing.topk_ids_TK,
+            routing.row_route_R,
+            routing.row_of_route_TK,
+            bounds_P.clone() if first_bin else bounds_P,  # kernels are compiled for 16-byte aligned pointers
+            weights.up_EGH,
+            weights.down_EOI,
+            weights.mid_EII,
+            weights.up_bias_EG,
+            weights.mid_bias_EI,
+            weights.down_bias_EO,
+            activation,
+            self.sm_budget,
+            tiled_experts=num_experts,
+            out=out_RO,
+        )
+
+    def combine_rows(self, y_RO: torch.Tensor, routing: Routing, dtype: torch.dtype) -> torch.Tensor:
+        """`combine` of the rows that `expert_rows` gave, (T, O) in `dtype`; inference only."""
+        if self.backend.name != "triton" or dtype not in KERNEL_DTYPES:
+            return reference.combine_reference(y_RO, routing)
+        from moe_gpu.triton_kernels.gather_scatter import combine_forward
+
+        return combine_forward(y_RO, routing.row_of_route_TK, routing.topk_weights_TK, dtype)
+
     def permute(self, x_TH: torch.Tensor, routing: Routing) -> torch.Tensor:
         """Rows sorted by expert, (R, H), zero where no expert computes; differentiable in x."""
         if not self._by_triton(x_TH):
@@ -191,15 +245,13 @@ class TritonExpertOps:
         if a_RK.dtype != w_ENK.dtype:
             raise ValueError(f"a is {a_RK.dtype} and w is {w_ENK.dtype}; convert one")
         if not self._by_triton(a_RK):
-            return _reference_gemm()(a_RK, w_ENK, offsets_P, bias_EN)
+            return (_traced_gemm() or reference.grouped_gemm_reference)(a_RK, w_ENK, offsets_P, bias_EN)
         return torch.ops.moe_gpu.grouped_gemm(a_RK, w_ENK, bias_EN, offsets_P)
 
 
-def _reference_gemm() -> Callable[..., torch.Tensor]:
-    """The reference's grouped product; while a graph is traced, the operator that wraps it."""
-    if torch.compiler.is_compiling():
-        return torch.ops.moe_gpu.grouped_gemm_reference
-    return reference.grouped_gemm_reference
+def _traced_gemm() -> Callable[..., torch.Tensor] | None:
+    """While a graph is traced, the operator that stands for the reference's grouped product."""
+    return torch.ops.moe_gpu.grouped_gemm_reference if torch.compiler.is_compiling() else None
 
 
 def check_experts(x_TH: torch.Tensor, routing: Routing, weights: ExpertWeights, activation: str) -> None:

@@ -66,6 +66,7 @@ class Products:
     num_rows: int
     sm_budget: int | None
     hopper: bool
+    tiled_experts: int  # that tiles are chosen for
     _lists: dict[int, RowTiles] = field(default_factory=dict)  # of row tiles, by their rows
 
     @classmethod
@@ -76,11 +77,16 @@ class Products:
         offsets_P: torch.Tensor,
         num_rows: int,
         sm_budget: int | None = None,
+        tiled_experts: int | None = None,
     ) -> Products:
-        """The products of `rows` (2-D tensors) and stacked `weights` (3-D), all of one dtype on one device."""
+        """The products of `rows` (2-D tensors) and stacked `weights` (3-D), all of one dtype on one device.
+
+        tiled_experts: how many experts the rows are for in all, where these weights are only some of theirs: tiles
+        are chosen as for all.
+        """
         device, dtype = rows[0].device, rows[0].dtype
         hopper = num_rows > 0 and hopper_unavailable(device) is None and hopper_unfit(dtype, rows, weights) is None
-        return cls(dtype, device, offsets_P, num_rows, sm_budget, hopper)
+        return cls(dtype, device, offsets_P, num_rows, sm_budget, hopper, tiled_experts or offsets_P.shape[0] - 1)
 
     @property
     def num_experts(self) -> int:
@@ -96,7 +102,7 @@ class Products:
             kind,
             self.dtype,
             self.num_rows,
-            self.num_experts,
+            self.tiled_experts,
             None if w_ENK is None else (w_ENK.shape[1], w_ENK.shape[2]),
             device_name(device),
             self._programs,

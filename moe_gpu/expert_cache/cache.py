@@ -1,0 +1,410 @@
+"""ExpertCache and LayerCache: carry out on tensors what the bookkeeping decides."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from moe_gpu.expert_cache.book import CacheBook, Counts, Wave
+from moe_gpu.expert_cache.budget import HbmBudgetError, HbmMemoryError, parse_budget, split_budget
+from moe_gpu.expert_cache.lane import CopyLane, host_copy, make_lane
+from moe_gpu.expert_cache.policies import POLICIES, count
+from moe_gpu.profiler import AsyncCopy
+from moe_gpu.reference import INVALID, ExpertWeights, Routing
+
+logger = logging.getLogger("moe_gpu")
+
+
+def is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+class Ops(Protocol):
+    """What the cache asks of `TritonExpertOps`."""
+
+    def experts(
+        self, x_TH: torch.Tensor, routing: Routing, weights: ExpertWeights, activation: str
+    ) -> torch.Tensor: ...
+
+    def sort_routes(self, topk_ids_TK: torch.Tensor, topk_weights_TK: torch.Tensor, num_experts: int) -> Routing: ...
+
+    def expert_rows(
+        self,
+        x_TH: torch.Tensor,
+        routing: Routing,
+        weights: ExpertWeights,
+        activation: str,
+        first_bin: int,
+        num_experts: int,
+        out_RO: torch.Tensor | None,
+    ) -> torch.Tensor: ...
+
+    def combine_rows(self, y_RO: torch.Tensor, routing: Routing, dtype: torch.dtype) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class ExpertCacheStats:
+    """What a cache holds and has done; every figure is the host's own, nothing is read from the device.
+
+    hit_rate: None before the first request that was read; requests of wholly resident layers are not read
+    (`counts.unread_steps`). policy: which one serves now; shadow_hit_rates: the recent hit rate that each would have
+    had. prefetch: None if not asked for, else whether it is on at present. host_memory: "pinned", or why it is not.
+    """
+
+    budget: int | float
+    budget_bytes: int
+    used_bytes: int
+    slots_by_layer: list[int]
+    resident_by_layer: list[list[int]]
+    hit_rate: float | None
+    policy: str
+    policy_switches: int
+    shadow_hit_rates: dict[str, float | None]
+    prefetch: bool | None
+    host_memory: str
+    counts: Counts
+
+
+class ExpertCache:
+    """Slots in device memory for the experts of one layer or of a whole model, within one budget.
+
+    hbm_budget: bytes, "8GiB", or a share of all experts' bytes (0.5 or "50%"). policy: "auto" chooses among "lru",
+    "lfu" and "ewma" by shadow simulation; each can be fixed; "static" ranks by `profile_LE` (uses of each expert in
+    each layer, such as `RoutingTrace.counts_LE()`); "on-demand" keeps nothing. prefetch: load what the next layer will
+    probably need; it turns itself off while that loses. Raises HbmBudgetError or ValueError for what it cannot read.
+    """
+
+    def __init__(
+        self,
+        hbm_budget: int | float | str,
+        policy: str = "auto",
+        prefetch: bool = True,
+        profile_LE: torch.Tensor | Sequence[Sequence[float]] | None = None,
+    ) -> None:
+        self.budget = parse_budget(hbm_budget)
+        if policy not in POLICIES:
+            raise ValueError(f"policy={policy!r} is not one of {', '.join(POLICIES)}")
+        if (policy == "static") != (profile_LE is not None):
+            raise ValueError(f"policy={policy!r}: a profile_LE goes with policy='static', and only with it")
+        self.policy, self.prefetch = policy, prefetch
+        self._profile_LE = profile_LE.tolist() if isinstance(profile_LE, torch.Tensor) else profile_LE
+        self._members: list[weakref.ref[LayerCache]] = []
+        self._lost_member = False
+        self._book: CacheBook | None = None
+        self._counts = Counts()
+        self._lanes: dict[torch.device, CopyLane] = {}
+        self._pageable: str | None = None
+
+    @property
+    def layers(self) -> list[LayerCache]:
+        """The layers that share the budget, in the order of registration."""
+        return [layer for layer in (member() for member in self._members) if layer is not None]
+
+    def register(self, num_experts: int, expert_bytes: int) -> LayerCache:
+        """One more layer under this budget, which is divided anew. Raises HbmBudgetError if it does not suffice."""
+        layer = LayerCache(self, num_experts, expert_bytes)
+        self._divide([*self.layers, layer])  # refuse before anything changes
+        self._members.append(weakref.ref(layer, self._forget_member))
+        self.reset()
+        return layer
+
+    def _forget_member(self, member: weakref.ref[LayerCache]) -> None:
+        self._members.remove(member)
+        self._lost_member = True  # its slots are divided among the others when they are next asked for
+
+    def _divide(self, layers: Sequence[LayerCache]) -> list[int]:
+        return split_budget(self.budget, [(layer.num_experts, layer.expert_bytes) for layer in layers])
+
+    def reset(self) -> None:
+        """Free every slot, and divide the budget again at the next step; counts go on."""
+        self.synchronize()
+        for layer in self.layers:
+            layer.free()
+        self._book, self._lost_member = None, False
+
+    def book(self) -> CacheBook:
+        """The bookkeeping of the present division of the budget."""
+        if self._lost_member:
+            self.reset()
+        if self._book is None:
+            layers = self.layers
+            if self._profile_LE is not None and [len(row) for row in self._profile_LE] != [
+                x.num_experts for x in layers
+            ]:
+                raise ValueError(
+                    f"profile_LE has {len(self._profile_LE)} rows; give one for each of {len(layers)} layers, "
+                    "a number for each of its experts"
+                )
+            slots = self._divide(layers)
+            sizes = [(x.num_experts, n, x.expert_bytes) for x, n in zip(layers, slots, strict=True)]
+            self._book = CacheBook(sizes, self.policy, self.prefetch, self._profile_LE)
+            self._book.counts = self._counts
+            for index, layer in enumerate(layers):
+                layer.index = index
+        return self._book
+
+    def lane(self, device: torch.device) -> CopyLane:
+        if device not in self._lanes:
+            self._lanes[device] = make_lane(device)
+        return self._lanes[device]
+
+    def synchronize(self) -> None:
+        """Wait until no copy is under way. Call it before host weights are written to in place."""
+        for lane in self._lanes.values():
+            lane.synchronize()
+
+    def to_host(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """The tensor in host memory, pinned where the device is a GPU and the system allows it."""
+        host, reason = host_copy(tensor, pin=device.type == "cuda")
+        if reason is not None and self._pageable is None:
+            self._pageable = reason
+            logger.warning("expert cache: host memory cannot be pinned, copies will be slower: %s", reason)
+        return host
+
+    @property
+    def host_memory(self) -> str:
+        """ "pinned", or why it is not."""
+        if not any(lane.asynchronous for lane in self._lanes.values()):
+            return "not pinned: no GPU is used"
+        return "pinned" if self._pageable is None else f"pageable: {self._pageable}"
+
+    def stats(self) -> ExpertCacheStats:
+        """Figures of now. Raises HbmBudgetError where the layers have grown beyond the budget."""
+        book, counts = self.book(), self._counts
+        requests = counts.hits + counts.misses
+        total = sum(layer.num_experts * layer.expert_bytes for layer in self.layers)
+        return ExpertCacheStats(
+            budget=self.budget,
+            budget_bytes=int(self.budget * total) if isinstance(self.budget, float) else self.budget,
+            used_bytes=sum(layer.allocated_bytes for layer in self.layers),
+            slots_by_layer=[layer.num_slots for layer in book.layers],
+            resident_by_layer=[np.flatnonzero(layer.resident_E).tolist() for layer in book.layers],
+            hit_rate=counts.hits / requests if requests else None,
+            policy=book.contest.serving,
+            policy_switches=book.contest.switches,
+            shadow_hit_rates=book.contest.scores(),
+            prefetch=None if book.gate is None else book.gate.on,
+            host_memory=self.host_memory,
+            counts=Counts(**asdict(counts)),
+        )
+
+
+class LayerCache:
+    """One layer's slots: runs its experts from them. Made by `ExpertCache.register`, owned by the layer."""
+
+    def __init__(self, cache: ExpertCache, num_experts: int, expert_bytes: int) -> None:
+        self.cache, self.num_experts, self.expert_bytes = cache, num_experts, expert_bytes
+        self.index = -1
+        self.free()
+
+    def __deepcopy__(self, memo: dict) -> LayerCache:
+        """A copied layer shares the budget."""
+        return self.cache.register(self.num_experts, self.expert_bytes)
+
+    def resize(self, expert_bytes: int) -> None:
+        """An expert takes another number of bytes; HbmBudgetError, and nothing changed, if the budget is too small."""
+        if expert_bytes == self.expert_bytes:
+            return
+        old, self.expert_bytes = self.expert_bytes, expert_bytes
+        try:
+            self.cache._divide(self.cache.layers)
+        except HbmBudgetError:
+            self.expert_bytes = old
+            raise
+        self.cache.reset()
+
+    def __str__(self) -> str:
+        book = self.cache.book()
+        layer = book.layers[self.index]
+        place = f"{layer.num_slots} of {self.num_experts} experts have slots of {self.expert_bytes} bytes"
+        if self.whole:
+            return f"{place}: the budget holds them all"
+        return f"{place}, policy {self.cache.policy} ({book.contest.serving} now); host memory {self.cache.host_memory}"
+
+    def free(self) -> None:
+        """Give the slots' memory back; the bookkeeping is the caller's to reset."""
+        self._slots: ExpertWeights | None = None
+        self._host: tuple[torch.Tensor | None, ...] = ()
+        self._seen: object = None
+        self._ready: list[object] = []  # by slot: when its weights have arrived
+        self._last_use: list[object] = []  # by slot: when the last computation that reads them is done
+        self._table: tuple[np.ndarray, torch.Tensor] | None = None
+
+    @property
+    def allocated_bytes(self) -> int:
+        return 0 if self._slots is None else sum(t.nbytes for t in self._slots.tensors() if t is not None)
+
+    @property
+    def whole(self) -> bool:
+        """Whether there is a slot for every expert, so that nothing is ever missing once all are loaded."""
+        book = self.cache.book()
+        return book.layers[self.index].num_slots >= self.num_experts and self.cache.policy != "on-demand"
+
+    def run(
+        self, x_TH: torch.Tensor, routing: Routing, weights: ExpertWeights, activation: str, ops: Ops
+    ) -> torch.Tensor:
+        """The routed experts' weighted output (T, O), to the bit that of `ops.experts` with all weights on x's device.
+
+        weights: the layer's parameters, which live in host memory; they are moved and pinned in place if they do not.
+        Raises ValueError where a gradient is asked for or a partly resident layer is captured in a graph, and
+        HbmMemoryError if the slots do not fit into the device's memory.
+        """
+        tensors = (x_TH, routing.topk_weights_TK, *weights.tensors())
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+            raise ValueError("hbm_budget serves inference only and a gradient is asked for; run under torch.no_grad()")
+        book = self.cache.book()
+        capturing = is_capturing(x_TH.device)
+        stale = self._seen != self._identity(weights, x_TH.device)
+        if capturing and (not self.whole or stale or not book.layers[self.index].resident_E.all()):
+            held = f"{count(book.layers[self.index].resident_E)} of {self.num_experts} experts are resident"
+            raise ValueError(
+                f"a CUDA graph cannot capture this layer: {held}, and which others a replay needs is known to the host "
+                "only while it runs; give an hbm_budget that holds all experts and call the layer once before capture"
+            )
+        if stale:
+            self._take_in(weights, x_TH.device)
+        try:
+            if self.whole:
+                return self._run_whole(x_TH, routing, activation, ops)
+            return self._run_waves(x_TH, routing, activation, ops)
+        except BaseException:
+            # What has been copied and what has not is unknown: nothing counts as resident.
+            book.layers[self.index].forget()
+            raise
+
+    @staticmethod
+    def _identity(weights: ExpertWeights, device: torch.device) -> object:
+        """What changes whenever the weights do: writing in place raises a version, replacing moves them."""
+        versions = [
+            (t.data_ptr(), t.dtype, t.shape, 0 if t.is_inference() else t._version)
+            for t in weights.tensors()
+            if t is not None
+        ]
+        return device, versions
+
+    def _take_in(self, weights: ExpertWeights, device: torch.device) -> None:
+        """Home the weights in host memory, make slots of their shapes, and forget what was resident."""
+        cache, layer = self.cache, self.cache.book().layers[self.index]
+        lane = cache.lane(device)
+        lane.synchronize()  # no copy may read weights that are being replaced
+        for tensor in weights.tensors():
+            if tensor is not None and (tensor.device.type != "cpu" or (lane.asynchronous and not tensor.is_pinned())):
+                tensor.data = cache.to_host(tensor, device)
+        shapes = [None if t is None else ((layer.num_slots, *t.shape[1:]), t.dtype) for t in weights.tensors()]
+        slots = self._slots
+        if (
+            slots is None
+            or slots.up_EGH.device != device
+            or shapes != [None if t is None else (tuple(t.shape), t.dtype) for t in slots.tensors()]
+        ):
+            layer.forget()
+            self.free()
+            try:
+                made = [None if s is None else torch.empty(s[0], dtype=s[1], device=device) for s in shapes]
+            except torch.OutOfMemoryError as error:
+                asked = layer.num_slots * self.expert_bytes
+                raise HbmMemoryError(
+                    f"no memory for {layer.num_slots} slots of {self.expert_bytes} bytes ({asked}) on {device}; "
+                    "give a smaller hbm_budget"
+                ) from error
+            self._slots = ExpertWeights(*made)  # type: ignore[arg-type]
+            lane.adopt(slot for slot in made if slot is not None)
+        layer.forget()
+        self._host = tuple(None if t is None else t.detach() for t in weights.tensors())
+        self._ready = [None] * layer.num_slots
+        self._last_use = [lane.mark()] * layer.num_slots  # fresh memory may still be in use by what freed it
+        self._seen = self._identity(weights, device)
+
+    def _copy(self, lane: CopyLane, loads: Sequence) -> None:
+        """Start copying experts into their slots, each slot after its last use."""
+        if not loads:
+            return
+        assert self._slots is not None
+        pairs = [
+            (slots[load.slot], host[load.expert])
+            for load in loads
+            for slots, host in zip(self._slots.tensors(), self._host, strict=True)
+            if slots is not None and host is not None
+        ]
+        token = lane.copy(pairs, [self._last_use[load.slot] for load in loads])
+        for load in loads:
+            self._ready[load.slot] = token
+
+    def _run_whole(self, x_TH: torch.Tensor, routing: Routing, activation: str, ops: Ops) -> torch.Tensor:
+        """Expert e lies in slot e: nothing to read, nothing to look up; once loaded this captures in a graph."""
+        cache = self.cache
+        book, lane = cache.book(), cache.lane(x_TH.device)
+        loads = book.fill(self.index)
+        self._copy(lane, loads)
+        if loads:
+            # Later calls, and graphs, must find the weights in place without waiting for an event.
+            lane.synchronize()
+        book.counts.steps += 1
+        book.counts.unread_steps += 1
+        assert self._slots is not None
+        return ops.experts(x_TH, routing, self._slots.to(x_TH.dtype), activation)
+
+    def _run_waves(self, x_TH: torch.Tensor, routing: Routing, activation: str, ops: Ops) -> torch.Tensor:
+        book, lane = self.cache.book(), self.cache.lane(x_TH.device)
+        assert self._slots is not None
+        waves: list[Wave] = []
+        if x_TH.shape[0]:
+            # The one thing that the host waits for: E + 1 numbers, which are there as soon as the routing is.
+            needed_E = AsyncCopy(routing.offsets_P).result().diff().gt(0).numpy()
+            waves = book.plan(self.index, needed_E)
+        if not waves:
+            return x_TH.new_zeros(x_TH.shape[0], self._slots.down_EOI.shape[1])
+        out_TO = self._compute(x_TH, routing, activation, ops, waves, lane)
+        # From here on the host works while the device computes.
+        book.learn(self.index, needed_E)
+        following = self.cache.layers[book.following(self.index)]
+        if following._slots is not None and following._slots.up_EGH.device == x_TH.device:
+            following._copy(lane, book.prefetch(self.index))
+        return out_TO
+
+    def _compute(
+        self, x_TH: torch.Tensor, routing: Routing, activation: str, ops: Ops, waves: list[Wave], lane: CopyLane
+    ) -> torch.Tensor:
+        """Every wave's rows into one buffer, then one sum over each token's rows, as if there had been one wave."""
+        assert self._slots is not None
+        num_slots = len(self._ready)
+        bins = self._sort(routing, waves, num_slots, ops)
+        y_RO: torch.Tensor | None = None
+        self._copy(lane, waves[0].loads)
+        for number, wave in enumerate(waves):
+            upcoming = waves[number + 1].loads if number + 1 < len(waves) else []
+            # What goes into slots that this wave does not read can be on its way before this wave is launched.
+            self._copy(lane, [load for load in upcoming if load.slot not in wave.slots])
+            lane.wait(self._ready[slot] for slot in wave.slots)
+            weights = self._slots.to(x_TH.dtype)
+            y_RO = ops.expert_rows(x_TH, bins, weights, activation, number * num_slots, self.num_experts, y_RO)
+            token = lane.mark()
+            for slot in wave.slots:
+                self._last_use[slot] = token
+            self._copy(lane, [load for load in upcoming if load.slot in wave.slots])
+        assert y_RO is not None
+        return ops.combine_rows(y_RO, bins, x_TH.dtype)
+
+    def _sort(self, routing: Routing, waves: list[Wave], num_slots: int, ops: Ops) -> Routing:
+        """The routes sorted by wave, then slot: the table expert -> bin is looked up on the device."""
+        bin_E = np.full(self.num_experts + 1, INVALID, dtype=np.int32)  # the last for dropped routes
+        if len(waves) == 1 and not waves[0].loads:
+            bin_E[:-1] = self.cache.book().layers[self.index].slot_of_E  # the same until something is loaded
+        for number, wave in enumerate(waves):
+            bin_E[wave.experts] = np.asarray(wave.slots) + number * num_slots
+        ids_TK = routing.topk_ids_TK
+        if self._table is None or not np.array_equal(self._table[0], bin_E):
+            host = torch.from_numpy(bin_E.copy())
+            if ids_TK.device.type == "cuda":
+                host = host.pin_memory()
+            self._table = bin_E, host.to(ids_TK.device, non_blocking=True)
+        kept_TK = torch.where(routing.row_of_route_TK < 0, self.num_experts, ids_TK)
+        bins_TK = self._table[1].index_select(0, kept_TK.flatten()).view_as(ids_TK)
+        bins = ops.sort_routes(bins_TK, routing.topk_weights_TK, len(waves) * num_slots)
+        return replace(bins, topk_weights_TK=routing.topk_weights_TK)

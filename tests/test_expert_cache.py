@@ -1,0 +1,445 @@
+"""Layers under a budget give the bits of layers without one, whatever is resident, and say what they do."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from moe_gpu.expert_cache import ExpertCache, HbmBudgetError, HbmMemoryError
+from moe_gpu.expert_cache import cache as cache_module
+from moe_gpu.expert_cache.simulate import simulate
+from moe_gpu.model import AdvancedMoELayer, set_hbm_budget
+from moe_gpu.profiler import RoutingTrace
+from tests.cache_cases import spy_on_reads, twins, use_late_lane
+from tests.test_model import VARIANTS
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+
+
+@pytest.fixture
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+def same_bits(cached, plain, x, **options) -> None:
+    got, stats = cached(x, **options)
+    expected, _ = plain(x, **options)
+    assert torch.equal(got, expected), f"differs by {(got - expected).abs().max()}"
+    assert got.shape == expected.shape
+    if x.shape[0] and stats.counts_E.any():
+        assert expected.abs().max() > 0
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_bits_are_those_of_resident_weights(variant):
+    experts = VARIANTS[variant].get("num_experts", 5)
+    for slots in range(1, experts + 1):
+        cached, plain = twins("100%", **VARIANTS[variant])
+        cache = ExpertCache(slots * cached._hbm.expert_bytes)
+        cached.set_hbm_budget(cache)
+        late = use_late_lane(cache)
+        spy_on_reads(cached, late)
+        generator = torch.Generator().manual_seed(slots)
+        for tokens in (0, 1, 3, 11, 0, 2, 1, 30, 1, 1, 2, 5):
+            same_bits(cached, plain, torch.randn(tokens, cached.config.input_dim, generator=generator))
+        counts = cache.stats().counts
+        assert late.late > 0
+        assert counts.unread_steps == (12 if slots == experts else 0)
+        assert counts.bytes_copied >= slots * cached._hbm.expert_bytes or counts.misses < slots
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_every_dtype(dtype):
+    cached, plain = twins(0.4, dtype, input_dim=13, hidden_dim=17, num_experts=7, top_k=3)
+    for tokens in (1, 2, 9, 40, 1):
+        same_bits(cached, plain, torch.randn(tokens, 13).to(dtype))
+    assert cached._hbm._slots.up_EGH.dtype == dtype
+
+
+def test_autocast():
+    cached, plain = twins(0.4)
+    for tokens in (1, 7, 2):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            same_bits(cached, plain, torch.randn(tokens, 12))
+    assert cached._hbm._slots.up_EGH.dtype == torch.float32
+
+
+def test_thousands_of_random_steps():
+    cached, plain = twins(0.5, input_dim=4, expert_dim=4, hidden_dim=3, num_experts=9, top_k=3)
+    spy_on_reads(cached, use_late_lane(cached._hbm.cache))
+    generator = torch.Generator().manual_seed(5)
+    drift_E = torch.zeros(9)
+    for _ in range(1500):
+        drift_E += 0.3 * torch.randn(9, generator=generator)
+        tokens = int(torch.randint(0, 5, (1,), generator=generator))
+        logits_TE = drift_E + torch.randn(tokens, 9, generator=generator)
+        same_bits(cached, plain, torch.randn(tokens, 4, generator=generator), router_logits_TE=logits_TE)
+    counts = cached._hbm.cache.stats().counts
+    assert counts.hits > 1000
+    assert counts.misses > 100
+    assert counts.bytes_copied == (counts.misses * cached._hbm.expert_bytes + counts.bytes_prefetched)
+
+
+def test_edges_of_routing():
+    cached, plain = twins(0.4)
+    all_to_one = torch.full((9, 5), -50.0)
+    all_to_one[:, 3] = 50.0
+    nan = torch.randn(4, 5)
+    nan[1] = torch.nan
+    for logits_TE in (all_to_one, nan, torch.full((3, 5), torch.nan), all_to_one):
+        same_bits(cached, plain, torch.randn(len(logits_TE), 12), router_logits_TE=logits_TE)
+    strided = torch.randn(12, 6).t()
+    same_bits(cached, plain, strided)
+    same_bits(cached, plain, torch.randn(2, 3, 12))
+
+
+class Stack(nn.Module):
+    """Three layers of unlike sizes, one after another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            AdvancedMoELayer(12, 12, hidden, experts, 2) for hidden, experts in ((20, 8), (16, 8), (24, 4))
+        )
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer(x)[0]
+        return x
+
+
+def stacks(budget, **options):
+    torch.manual_seed(0)
+    plain = Stack().eval()
+    cached = copy.deepcopy(plain)
+    return cached, plain, set_hbm_budget(cached, ExpertCache(budget, **options))
+
+
+@pytest.mark.parametrize("budget", ["25%", 0.5, "75%", "100%", 9000])
+def test_layers_share_one_budget(budget):
+    cached, plain, cache = stacks(budget)
+    spies = use_late_lane(cache)
+    for layer in cached.layers:
+        spy_on_reads(layer, spies)
+    for step in range(40):
+        x = torch.randn(1 + step % 4, 12)
+        assert torch.equal(cached(x), plain(x))
+    stats = cache.stats()
+    assert stats.used_bytes <= stats.budget_bytes
+    assert stats.used_bytes > stats.budget_bytes - max(layer._hbm.expert_bytes for layer in cached.layers)
+    assert len(stats.slots_by_layer) == len(stats.resident_by_layer) == 3
+    assert all(len(ids) <= slots for ids, slots in zip(stats.resident_by_layer, stats.slots_by_layer, strict=True))
+    if budget == "100%":
+        assert stats.hit_rate is None
+        assert stats.counts.unread_steps == 120
+    else:
+        assert 0 < stats.hit_rate < 1
+
+
+def test_the_next_layers_experts_are_prefetched():
+    cached, plain, cache = stacks("50%", policy="lru")
+    spies = use_late_lane(cache)
+    for layer in cached.layers:
+        spy_on_reads(layer, spies)
+    inputs = torch.randn(8, 1, 12)
+    for step in range(160):
+        assert torch.equal(cached(inputs[step % 8]), plain(inputs[step % 8]))
+    counts = cache.stats().counts
+    assert counts.prefetch_hits > 0
+    assert counts.bytes_prefetched > 0
+
+
+@pytest.mark.parametrize("policy", ["lru", "auto", "on-demand"])
+def test_a_layer_does_what_the_simulator_says(policy):
+    generator = torch.Generator().manual_seed(3)
+    scores = torch.randn(1, 200, 8, generator=generator) + 1.5 * torch.randn(1, 1, 8, generator=generator)
+    trace = RoutingTrace(scores.topk(2).indices.to(torch.int16), 8, "made up")
+    cached, plain = twins("100%", num_experts=8)
+    cache = ExpertCache(3 * cached._hbm.expert_bytes, policy)
+    cached.set_hbm_budget(cache)
+    for step in range(100):
+        logits_TE = torch.full((2, 8), -9.0)
+        logits_TE.scatter_(1, trace.replay(2, start=2 * step).long(), torch.tensor([[2.0, 1.0]] * 2))
+        same_bits(cached, plain, torch.randn(2, 12), router_logits_TE=logits_TE)
+    row, stats = simulate(trace, 3, policy, tokens_per_step=2), cache.stats()
+    counts = stats.counts
+    assert (row.hits, row.misses, row.evictions) == (counts.hits, counts.misses, counts.evictions)
+    assert row.copies * cached._hbm.expert_bytes == counts.bytes_copied
+    assert row.hit_rate == stats.hit_rate
+    assert row.serving == stats.policy
+
+
+def test_static_keeps_what_its_profile_ranks_highest():
+    cached, plain = twins("100%", num_experts=8, top_k=1)
+    profile_LE = torch.tensor([[9, 1, 8, 1, 7, 1, 1, 1]])
+    cache = ExpertCache(3 * cached._hbm.expert_bytes, "static", prefetch=False, profile_LE=profile_LE)
+    cached.set_hbm_budget(cache)
+    for expert in (0, 2, 4, 1, 3, 5, 6, 7, 1):
+        logits_TE = torch.zeros(1, 8)
+        logits_TE[0, expert] = 5.0
+        same_bits(cached, plain, torch.randn(1, 12), router_logits_TE=logits_TE)
+    assert cache.stats().resident_by_layer == [[0, 1, 2]]
+    with pytest.raises(ValueError, match="profile_LE goes with policy='static'"):
+        ExpertCache(0.5, "static")
+    with pytest.raises(ValueError, match="profile_LE goes with policy='static'"):
+        ExpertCache(0.5, "lru", profile_LE=profile_LE)
+    short = ExpertCache(0.5, "static", profile_LE=[[1, 2]])
+    cached.set_hbm_budget(short)
+    with pytest.raises(ValueError, match="profile_LE has 1 rows"):
+        cached(torch.randn(1, 12))
+
+
+# Weights that change
+
+
+@pytest.mark.parametrize("budget", [0.4, 1.0])
+@pytest.mark.parametrize("assign", [False, True])
+def test_weights_loaded_later_are_used(budget, assign):
+    cached, plain = twins(budget)
+    spy_on_reads(cached, use_late_lane(cached._hbm.cache))
+    x = torch.randn(5, 12)
+    same_bits(cached, plain, x)
+    other = twins(budget, seed=1)[1]
+    before = cached(x)[0]
+    cached.load_state_dict(other.state_dict(), assign=assign)
+    same_bits(cached, other, x)
+    assert not torch.equal(cached(x)[0], before)
+
+
+def test_weights_written_in_place_are_used():
+    cached, plain = twins(0.4)
+    x = torch.randn(5, 12)
+    same_bits(cached, plain, x)
+    for layer in (cached, plain):
+        layer.down_proj[2].mul_(3.0)
+        layer.gate_up_proj.add_(0.5)
+    same_bits(cached, plain, x)
+
+
+def test_the_layer_can_change_its_dtype():
+    cached, plain = twins(0.4)
+    x = torch.randn(5, 12)
+    same_bits(cached, plain, x)
+    size = cached._hbm.expert_bytes
+    names = list(cached.state_dict())
+    cached.bfloat16(), plain.bfloat16()
+    assert cached._hbm.expert_bytes == size // 2
+    same_bits(cached, plain, x.bfloat16())
+    cached.double(), plain.double()
+    same_bits(cached, plain, x.double())
+    assert list(cached.state_dict()) == names
+    assert cached.router_weight.dtype == cached.gate_up_proj.dtype == torch.float64
+
+
+def test_a_dtype_too_wide_for_the_budget_changes_nothing():
+    cached, plain = twins("100%")
+    cached.set_hbm_budget(cached._hbm.expert_bytes)
+    x = torch.randn(3, 12)
+    with pytest.raises(HbmBudgetError, match="below one expert"):
+        cached.double()
+    assert cached.gate_up_proj.dtype == cached.router_weight.dtype == torch.float32
+    same_bits(cached, plain, x)
+
+
+def test_a_copied_layer_shares_the_budget_and_a_dropped_one_gives_its_share_back():
+    cached, plain = twins(ExpertCache("50%"), num_experts=8)
+    cache, x = cached._hbm.cache, torch.randn(4, 12)
+    cache.budget = 4 * cached._hbm.expert_bytes
+    twin = copy.deepcopy(cached)
+    assert cache.stats().slots_by_layer == [2, 2]
+    for layer in (cached, twin, cached):
+        same_bits(layer, plain, x)
+    del twin, layer
+    gc.collect()
+    assert cache.stats().slots_by_layer == [4]
+    same_bits(cached, plain, x)
+
+
+def test_a_budget_can_be_changed_and_taken_away():
+    cached, plain = twins(0.2)
+    x = torch.randn(6, 12)
+    for budget in (0.6, "100%", None, 0.4):
+        cached.set_hbm_budget(budget)
+        same_bits(cached, plain, x)
+        assert cached.features["expert_cache"].active == (budget is not None)
+    assert not any(parameter.requires_grad for parameter in cached.parameters())
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("budget", [0, -5, "lots", 1.5, "0%", True, 10])
+def test_a_budget_that_does_not_do_is_one_line(budget):
+    with pytest.raises(HbmBudgetError) as caught:
+        AdvancedMoELayer(12, 12, 20, 5, hbm_budget=budget)
+    assert "\n" not in str(caught.value)
+    layer = AdvancedMoELayer(12, 12, 20, 5).eval()
+    with pytest.raises(HbmBudgetError):
+        layer.set_hbm_budget(budget)
+    assert layer._hbm is None
+    assert layer.router_weight.requires_grad
+
+
+def test_a_model_whose_budget_does_not_do_is_left_as_it_was():
+    model = Stack().eval()
+    sizes = [sum(p[0].nbytes for p in layer._expert_parameters().values()) for layer in model.layers]
+    cache = ExpertCache(sum(sizes) - 1)
+    with pytest.raises(HbmBudgetError, match=f"below one expert of each of 3 layers, {sum(sizes)} bytes"):
+        set_hbm_budget(model, cache)
+    assert all(layer._hbm is None for layer in model.layers)
+    gc.collect()
+    assert cache.layers == []
+    set_hbm_budget(model, sum(sizes))
+    assert model(torch.randn(2, 12)).shape == (2, 12)
+    with pytest.raises(ValueError, match="Linear has no AdvancedMoELayer"):
+        set_hbm_budget(nn.Linear(2, 2), 0.5)
+    with pytest.raises(ValueError, match="policy='fifo' is not one of"):
+        ExpertCache(0.5, "fifo")
+
+
+def test_training_is_refused():
+    cached, plain = twins(0.4)
+    x = torch.randn(3, 12)
+    with pytest.raises(ValueError, match=r"is training; call \.eval"):
+        cached.train()(x)
+    cached.eval()
+    with torch.enable_grad(), pytest.raises(ValueError, match=r"run under torch\.no_grad"):
+        cached(x.requires_grad_())
+    with torch.enable_grad():
+        assert not cached(x.detach())[0].requires_grad
+    same_bits(cached, plain, x.detach())
+    with pytest.raises(ValueError, match=r"is training; call \.eval"):
+        AdvancedMoELayer(12, 12, 20, 5).train().set_hbm_budget(0.5)
+    with pytest.raises(ValueError, match="is training"):
+        set_hbm_budget(Stack().train(), 0.5)
+
+
+def test_the_meta_device_is_refused():
+    cached, plain = twins(0.4)
+    with pytest.raises(ValueError, match="meta device"):
+        cached.to("meta")
+    same_bits(cached, plain, torch.randn(3, 12))
+
+
+def test_no_memory_for_slots_is_said_and_the_layer_lives_on(monkeypatch):
+    cached, plain = twins(0.4)
+    empty = torch.empty
+
+    def exhausted(*sizes, **options):
+        if sizes and isinstance(sizes[0], tuple):
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+        return empty(*sizes, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cache_module.torch, "empty", exhausted)
+        with pytest.raises(HbmMemoryError, match="no memory for 2 slots") as caught:
+            cached(torch.randn(3, 12))
+    assert "\n" not in str(caught.value)
+    assert cached._hbm.cache.stats().used_bytes == 0
+    assert cached._hbm.cache.stats().resident_by_layer == [[]]
+    same_bits(cached, plain, torch.randn(3, 12))
+
+
+def test_a_failure_amid_a_step_leaves_nothing_believed_resident(monkeypatch):
+    cached, plain = twins(0.4)
+    x = torch.randn(6, 12)
+    same_bits(cached, plain, x)
+    with monkeypatch.context() as patched:
+        patched.setattr(cached.ops, "expert_rows", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            cached(x)
+    assert cached._hbm.cache.stats().resident_by_layer == [[]]
+    same_bits(cached, plain, x)
+
+
+def test_host_memory_that_cannot_be_pinned_is_used_all_the_same(monkeypatch, caplog):
+    cached, plain = twins(0.4)
+    use_late_lane(cached._hbm.cache).asynchronous = True  # as on a GPU
+
+    def refuse(tensor):
+        raise RuntimeError("CUDA error: out of\nmemory")
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", refuse)
+    to_host = cache_module.host_copy
+    monkeypatch.setattr(cache_module, "host_copy", lambda tensor, pin: to_host(tensor, pin=True))
+    same_bits(cached, plain, torch.randn(3, 12))
+    assert cached._hbm.cache.stats().host_memory == "pageable: CUDA error: out of memory"
+    assert "pageable: CUDA error: out of memory" in cached.features["expert_cache"].reason
+    assert sum("cannot be pinned" in record.message for record in caplog.records) == 1
+
+
+def test_a_graph_captures_a_wholly_resident_layer_only(monkeypatch):
+    monkeypatch.setattr(cache_module, "is_capturing", lambda device: True)
+    part, _ = twins(0.4)
+    with pytest.raises(ValueError, match="a CUDA graph cannot capture this layer: 0 of 5 experts are resident"):
+        part(torch.randn(3, 12))
+    whole, plain = twins(1.0)
+    with pytest.raises(ValueError, match="call the layer once before capture"):
+        whole(torch.randn(3, 12))
+    monkeypatch.setattr(cache_module, "is_capturing", lambda device: False)
+    whole(torch.randn(3, 12))
+    monkeypatch.setattr(cache_module, "is_capturing", lambda device: True)
+    same_bits(whole, plain, torch.randn(3, 12))
+    whole.down_proj.mul_(2)
+    with pytest.raises(ValueError, match="call the layer once before capture"):
+        whole(torch.randn(3, 12))
+
+
+# What is said
+
+
+def test_features_and_stats_say_what_is_on():
+    cached, plain = twins(0.4)
+    assert plain.features["expert_cache"] == type(plain.features["triton"])(False, False, "pass hbm_budget=...")
+    assert plain.get_performance_stats()["expert_cache"] is None
+    stats = cached.get_performance_stats()["expert_cache"]
+    assert stats.hit_rate is None
+    assert stats.used_bytes == 0
+    cached(torch.randn(9, 12))
+    stats = cached.get_performance_stats()["expert_cache"]
+    assert (stats.slots_by_layer, stats.budget, stats.policy, stats.prefetch) == ([2], 0.4, "lru", True)
+    assert stats.used_bytes == stats.budget_bytes == 2 * cached._hbm.expert_bytes
+    assert stats.counts.hits == 0
+    assert stats.counts.misses == 5
+    assert stats.host_memory == "not pinned: no GPU is used"
+    feature = cached.features["expert_cache"]
+    assert feature.active
+    assert feature.reason.startswith(f"2 of 5 experts have slots of {cached._hbm.expert_bytes} bytes, policy auto")
+    whole, _ = twins("1GiB")
+    assert whole.features["expert_cache"].reason.endswith("the budget holds them all")
+
+
+# The recorder of GPU runs
+
+
+def test_the_recorder_runs_every_arm_and_goes_on_after_a_failure(tmp_path, capsys, monkeypatch):
+    from moe_gpu.results import ExpertCacheRow, read_rows, select
+
+    path = Path(__file__).resolve().parent.parent / "benchmarks" / "run_expert_cache.py"
+    spec = importlib.util.spec_from_file_location("run_expert_cache", path)
+    script = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, script)
+    spec.loader.exec_module(script)
+    ids = torch.rand(2, 512, 8).topk(2).indices.to(torch.int16)
+    RoutingTrace(ids, 8, "made up").save(tmp_path / "trace.safetensors")
+    monkeypatch.setattr(script, "TOKENS", (1, 16))
+    monkeypatch.setattr(script, "SHARES", (0.25, 0.001))  # 0.001: no layer gets a slot
+    output = tmp_path / "rows.jsonl"
+    assert script.main([str(output), "--smoke", "--trace", str(tmp_path / "trace.safetensors")]) == 0
+    rows = select(read_rows(output), ExpertCacheRow)
+    measured = [row for row in rows if not row.simulated]
+    assert len(measured) == 2 * (1 + 2 * len(script.ARMS))
+    assert {row.status for row in measured if row.slots_per_layer > 1} == {"ok"}
+    assert all(row.bit_exact and row.mean_ms > 0 for row in measured if row.status == "ok")
+    failed = [row for row in measured if row.status == "failed"]
+    assert len(failed) == 2 * len(script.ARMS)
+    assert all("below one expert" in row.reason and row.hit_rate is None for row in failed)
+    assert "10 arms wrong or failed" in capsys.readouterr().out
