@@ -18,7 +18,7 @@ from moe_gpu.config import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ["README.md", "QUICKSTART.md"]
-COMMANDS = ["demo", "bench", "train", "report", "tune", "doctor"]
+COMMANDS = ["demo", "bench", "train", "generate", "report", "tune", "doctor"]
 KEPT = "an earlier run's file\n"
 
 
@@ -183,7 +183,7 @@ def test_every_command_has_help_and_json(command, capsys):
     assert main([command, "--help"]) == 0
     shown = capsys.readouterr().out
     assert "--json" in shown
-    assert ("--output-dir" in shown) == (command not in ("tune", "doctor"))
+    assert ("--output-dir" in shown) == (command not in ("tune", "doctor", "generate"))
 
 
 def test_help_names_every_preset(capsys):
@@ -325,7 +325,13 @@ def shell_lines(document: str) -> list[str]:
     return [line.split("  #")[0].strip() for line in lines if line.strip()]
 
 
-EXAMPLES = sorted({(document, line) for document in [*DOCUMENTS, "CONTRIBUTING.md"] for line in shell_lines(document)})
+EXAMPLES = sorted(
+    {
+        (document, line)
+        for document in [*DOCUMENTS, "CONTRIBUTING.md", "docs/training.md"]
+        for line in shell_lines(document)
+    }
+)
 
 
 @pytest.mark.parametrize(("document", "line"), EXAMPLES)
@@ -366,7 +372,7 @@ def test_python_examples_in_the_documents_run(document, capsys):
         exec(compile(block, document, "exec"), {})
 
 
-@pytest.mark.parametrize("document", [*DOCUMENTS, "CONTRIBUTING.md", "docs/architecture.md"])
+@pytest.mark.parametrize("document", [*DOCUMENTS, "CONTRIBUTING.md", "docs/architecture.md", "docs/training.md"])
 def test_links_and_files_named_in_the_documents_exist(document):
     path = ROOT / document
     text = path.read_text()

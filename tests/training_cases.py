@@ -21,3 +21,13 @@ TINY = TrainConfig(
     eval_batches=2,
     checkpoint_every=10,
 )
+SMALL_FIELDS = (
+    "batch_size=4",
+    "context=32",
+    "model_dim=32",
+    "hidden_dim=32",
+    "num_layers=1",
+    "num_heads=2",
+    "num_experts=4",
+    "eval_batches=1",
+)

@@ -34,6 +34,9 @@ class RunFiles:
             from torch.utils.tensorboard import SummaryWriter
 
             self._events = SummaryWriter(str(directory / TENSORBOARD_FOLDER), purge_step=first_step)
+        for name in (CONFIG_FILE, EXPERT_LOAD_FILE, RESULTS_FILE, SAMPLES_FILE, TOKENIZER_FILE):
+            for half in directory.glob(f".{name}.*"):  # of a process that was killed while it wrote
+                half.unlink(missing_ok=True)
         write_atomically(directory / CONFIG_FILE, (json.dumps(config.to_json(), indent=1) + "\n").encode())
         content = tokenizer.to_json()
         if content is not None:
