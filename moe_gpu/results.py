@@ -134,6 +134,7 @@ class TrainingRow:
     active_expert_share: float | None = None  # of experts that had any route; the lowest over layers
     dead_experts: list[int] | None = None  # experts without any route, by layer
     mfu: float | None = None  # model FLOPs utilisation, 0 to 1; of a GPU whose peak is known
+    peak_memory_bytes: int | None = None  # most GPU memory in use at once since the run began; None on a CPU
 
 
 @dataclass(frozen=True)

@@ -325,13 +325,8 @@ def shell_lines(document: str) -> list[str]:
     return [line.split("  #")[0].strip() for line in lines if line.strip()]
 
 
-EXAMPLES = sorted(
-    {
-        (document, line)
-        for document in [*DOCUMENTS, "CONTRIBUTING.md", "docs/training.md"]
-        for line in shell_lines(document)
-    }
-)
+PAGES = [*DOCUMENTS, "CONTRIBUTING.md", "docs/training.md"]
+EXAMPLES = sorted({(document, line) for document in PAGES for line in shell_lines(document)})
 
 
 @pytest.mark.parametrize(("document", "line"), EXAMPLES)

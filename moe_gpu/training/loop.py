@@ -37,7 +37,7 @@ from moe_gpu.training.run_files import RunFiles
 from moe_gpu.training.sampling import generate
 from moe_gpu.training.text import Text, load_text
 from moe_gpu.training.tokenizer import Tokenizer, build_tokenizer
-from moe_gpu.training.utilisation import model_flops_utilisation
+from moe_gpu.training.utilisation import model_flops_utilisation, peak_memory_bytes
 
 OnStep = Callable[[int, TrainingRow | None], None]
 """`on_step(step, row)` after every step; `row` is the newest logged one."""
@@ -188,6 +188,7 @@ class Trainer:
                 active_expert_share=min(metrics.active),
                 dead_experts=metrics.dead,
                 mfu=model_flops_utilisation(config, tokens / window_s),
+                peak_memory_bytes=peak_memory_bytes(config),
             )
         )
         self._start_window(counts_LE)
@@ -326,6 +327,8 @@ def train(
     if checkpoint:
         trainer.restore(checkpoint, directory)
         del checkpoint  # its tensors are in the trainer now
+    if text.train.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(text.train.device)
     writable_directory(directory)  # known before the first step, not at the first checkpoint
     files = RunFiles(directory, config, text.tokenizer, trainer.step + 1)
     with deferred_interrupt() as pressed, deterministic_algorithms(config), closing(files):

@@ -1,4 +1,4 @@
-"""Model FLOPs utilisation: the work that training needs over what the GPU's data sheet promises."""
+"""What a run takes of a GPU: its work over what the data sheet promises (MFU), and its memory."""
 
 from __future__ import annotations
 
@@ -32,3 +32,8 @@ def model_flops_utilisation(config: TrainConfig, tokens_per_s: float) -> float |
         return None
     peak = peak_bf16_flops(torch.cuda.get_device_properties(device).name)
     return None if peak is None else config.flops_per_token * tokens_per_s / peak
+
+
+def peak_memory_bytes(config: TrainConfig) -> int | None:
+    """Most memory that PyTorch had in use at once on the run's GPU; None on a CPU, where it is not measured."""
+    return torch.cuda.max_memory_allocated(config.device) if torch.device(config.device).type == "cuda" else None
