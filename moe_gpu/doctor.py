@@ -224,6 +224,11 @@ CHECKS: tuple[Callable[[], Check], ...] = (
     check_mig,
     check_memory,
     lambda: check_package("matplotlib", "matplotlib", "matplotlib", "plots", "pip install 'moe-gpu[viz]'"),
+    lambda: check_package("tokenizers", "tokenizers", "tokenizers", "BPE in training", "pip install 'moe-gpu[train]'"),
+    lambda: check_package("PyYAML", "yaml", "PyYAML", "YAML configurations", "pip install 'moe-gpu[train]'"),
+    lambda: check_package(
+        "tensorboard", "tensorboard", "tensorboard", "TensorBoard of a training", "pip install 'moe-gpu[metrics]'"
+    ),
     lambda: check_package(
         "transformers", "transformers", "transformers", "peer transformers_grouped_mm", "pip install 'moe-gpu[hf]'"
     ),

@@ -53,7 +53,7 @@ def test_simple_example_runs_as_a_script_and_draws_its_loss(tmp_path):
         "--output-dir",
         str(tmp_path),
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "training_loss.png").read_bytes().startswith(b"\x89PNG")
