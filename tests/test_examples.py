@@ -12,17 +12,7 @@ import pytest
 import torch
 
 from moe_gpu.training import MoELanguageModel, TrainConfig
-from tests.training_cases import ROOT
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small products are faster on one thread, and the machine may be shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
+from tests.training_cases import ROOT, one_thread  # noqa: F401
 
 # Examples
 

@@ -27,24 +27,7 @@ from moe_gpu.training import (
     train,
 )
 from moe_gpu.training import checkpoint as checkpoint_module
-from tests.training_cases import ROOT, TINY
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small products are faster on one thread, and the machine may be shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def interrupt_at(step):
-    def on_step(done, row):
-        if done == step:
-            raise KeyboardInterrupt
-
-    return on_step
+from tests.training_cases import ROOT, TINY, interrupt_at, one_thread  # noqa: F401
 
 
 @pytest.fixture(scope="module")

@@ -8,25 +8,15 @@ import sys
 from dataclasses import fields, replace
 
 import pytest
-import torch
 
 from moe_gpu.cli import main
 from moe_gpu.training import TrainConfig, assignments, config_reference, read_config, with_fields
 from moe_gpu.training.config import WHAT
-from tests.training_cases import ROOT, SMALL_FIELDS, TINY
+from tests.training_cases import ROOT, SMALL_FIELDS, TINY, one_thread  # noqa: F401
 
 yaml = pytest.importorskip("yaml", reason="PyYAML is not installed (extra train)")
 DOCUMENT = ROOT / "docs" / "training.md"
 EXAMPLE = ROOT / "examples" / "train_config.yaml"
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small products are faster on one thread, and the machine may be shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

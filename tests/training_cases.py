@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+import torch
+
 from moe_gpu.training import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,3 +34,26 @@ SMALL_FIELDS = (
     "num_experts=4",
     "eval_batches=1",
 )
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small products are faster on one thread, and the machine may be shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def interrupt_at(step):
+    def on_step(done, row):
+        if done == step:
+            raise KeyboardInterrupt
+
+    return on_step
+
+
+def write_book(path: Path) -> Path:
+    """A text that BPE finds pairs in, with characters of two to four bytes."""
+    path.write_text("".join(f"Line {n}: the naïve café — 数 🎲 — has {n * n} seats.\r\n" for n in range(400)), "utf-8")
+    return path

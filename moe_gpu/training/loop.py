@@ -149,18 +149,17 @@ class Trainer:
         self.step = step
 
     def log(self, with_eval: bool = False) -> None:
-        """Wait for the device, then add the row of the steps since the last log. ValueError for a loss of NaN."""
+        """Wait for the device, then add the row of the steps since the last log. ValueError for a loss that is no number."""
         config, profiler = self.config, self.model.profiler
         profiler.flush()
         loss, balance, z_loss, norm = torch.stack(self._logged).double().mean(0).tolist()
         window_s = time.perf_counter() - self._window_began
         self.elapsed_s += window_s
-        if not math.isfinite(loss):
-            raise ValueError(
-                f"loss is {loss} at step {self.step}: learning_rate={config.learning_rate} is too high; lower it"
-            )
+        self._check_finite(loss, "loss")
+        self._check_finite(norm, "the gradient's norm")
         if with_eval:
             self.eval_loss, self._evaluated_step = evaluate(self.model, self.text), self.step
+            self._check_finite(self.eval_loss, "held-out loss")
         counts_LE = profiler.counts_LE()
         assert counts_LE is not None, "flush() reads the counter"
         window_LE = counts_LE - self._counted_LE
@@ -192,6 +191,11 @@ class Trainer:
             )
         )
         self._start_window(counts_LE)
+
+    def _check_finite(self, value: float, name: str) -> None:
+        if not math.isfinite(value):
+            rate = self.config.learning_rate
+            raise ValueError(f"{name} is {value} at step {self.step}: learning_rate={rate} is too high; lower it")
 
     def _start_window(self, counted_LE: torch.Tensor | None = None) -> None:
         config = self.config
