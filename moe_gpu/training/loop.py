@@ -149,7 +149,7 @@ class Trainer:
         self.step = step
 
     def log(self, with_eval: bool = False) -> None:
-        """Wait for the device, then add the row of the steps since the last log. ValueError for a loss that is no number."""
+        """Wait for the device, then add the row of the steps since the last one. ValueError for a loss of NaN."""
         config, profiler = self.config, self.model.profiler
         profiler.flush()
         loss, balance, z_loss, norm = torch.stack(self._logged).double().mean(0).tolist()
