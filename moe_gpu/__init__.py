@@ -9,10 +9,17 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "config": ("Activation", "MoEConfig", "PRESETS", "RouterConfig"),
-    "model": ("AdvancedMoELayer", "Expert", "MoELayer", "MoEStats", "SliceAllocationPolicy"),
+    "gpu_slice_manager": ("AdvancedGPUSliceManager", "GPUSliceOptimizer"),
+    "model": ("AdvancedMoELayer", "Expert", "MoELayer", "MoEStats"),
     "profiler": ("ExpertProfiler", "ExpertSnapshot", "RoutingTrace"),
     "reference": ("ExpertWeights", "Routing"),
+    "slices.costs": ("CostTable",),
+    "slices.device": ("DeviceDescription",),
+    "slices.mig": ("MIGManager",),
+    "slices.plan": ("ExpertAllocation", "GPUSlice", "SlicePlan"),
+    "slices.policies": ("LoadProfile", "SliceAllocationPolicy"),
     "triton_kernels.ops": ("TritonExpertOps",),
+    "huggingface": ("CoverageReport", "disable", "enable"),
     "benchmark": ("MoEBenchmark", "run_full_benchmark", "run_quick_benchmark"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -21,9 +28,16 @@ __all__ = sorted(_HOME_OF)
 if TYPE_CHECKING:
     from moe_gpu.benchmark import MoEBenchmark, run_full_benchmark, run_quick_benchmark
     from moe_gpu.config import PRESETS, Activation, MoEConfig, RouterConfig
-    from moe_gpu.model import AdvancedMoELayer, Expert, MoELayer, MoEStats, SliceAllocationPolicy
+    from moe_gpu.gpu_slice_manager import AdvancedGPUSliceManager, GPUSliceOptimizer
+    from moe_gpu.huggingface import CoverageReport, disable, enable
+    from moe_gpu.model import AdvancedMoELayer, Expert, MoELayer, MoEStats
     from moe_gpu.profiler import ExpertProfiler, ExpertSnapshot, RoutingTrace
     from moe_gpu.reference import ExpertWeights, Routing
+    from moe_gpu.slices.costs import CostTable
+    from moe_gpu.slices.device import DeviceDescription
+    from moe_gpu.slices.mig import MIGManager
+    from moe_gpu.slices.plan import ExpertAllocation, GPUSlice, SlicePlan
+    from moe_gpu.slices.policies import LoadProfile, SliceAllocationPolicy
     from moe_gpu.triton_kernels.ops import TritonExpertOps
 
 

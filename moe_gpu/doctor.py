@@ -185,6 +185,15 @@ def check_package(name: str, module: str, distribution: str, gives: str, fix: st
     return Check(name, MISSING, f"not installed: no {gives}", fix or f"pip install {distribution}")
 
 
+def check_transformers() -> Check:
+    gives, fix = "moe_gpu.enable(model), peer transformers_grouped_mm", "pip install 'moe-gpu[hf]'"
+    check = check_package("transformers", "transformers", "transformers", gives, fix)
+    if check.status == OK and not module_found("transformers.integrations.moe"):
+        version = package_version("transformers") or "version unknown"
+        return Check("transformers", MISSING, f"{version} has no experts interface: no {gives}", fix)
+    return check
+
+
 def free_memory() -> tuple[str, int] | None:
     """Where tensors would go and how many bytes are free there; None where the system does not say."""
     try:
@@ -229,9 +238,7 @@ CHECKS: tuple[Callable[[], Check], ...] = (
     lambda: check_package(
         "tensorboard", "tensorboard", "tensorboard", "TensorBoard of a training", "pip install 'moe-gpu[metrics]'"
     ),
-    lambda: check_package(
-        "transformers", "transformers", "transformers", "peer transformers_grouped_mm", "pip install 'moe-gpu[hf]'"
-    ),
+    check_transformers,
     lambda: check_package("scattermoe", "scattermoe", "scattermoe", "peer scattermoe", "install from its repository"),
     lambda: check_package(
         "sonicmoe", "sonicmoe", "sonic-moe", "peer sonicmoe", "pip install sonic-moe (Hopper, newer)"

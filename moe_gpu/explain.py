@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from moe_gpu.config import ACTIVATIONS, MoEConfig
+from moe_gpu.slices.device import KNOWN_DEVICES
 from moe_gpu.triton_kernels.ops import choose_backend
 from moe_gpu.triton_kernels.tuning import (
     HOPPER_SHARED_BYTES,
@@ -24,9 +25,6 @@ from moe_gpu.triton_kernels.tuning import (
     shared_bytes_of,
     tile_beside_bias,
 )
-
-# Name -> compute capability and SMs, for GPUs that have no table of tiles to tell them.
-_KNOWN = {"NVIDIA A100-SXM4-80GB": ((8, 0), 108), "NVIDIA H100 80GB HBM3": ((9, 0), 132), "NVIDIA H200": ((9, 0), 132)}
 
 
 @dataclass(frozen=True)
@@ -64,10 +62,10 @@ def described_gpu(name: str) -> Gpu:
         if machine.compute_capability and machine.num_sms:
             major, minor = map(int, machine.compute_capability.split("."))
             return Gpu(name, (major, minor), machine.num_sms, shared_bytes_of((major, minor)))
-    if name not in _KNOWN:
-        raise ValueError(f"device={name!r} is not known: give cpu, cuda or one of {', '.join(_KNOWN)}")
-    capability, num_sms = _KNOWN[name]
-    return Gpu(name, capability, num_sms, shared_bytes_of(capability))
+    if name not in KNOWN_DEVICES:
+        raise ValueError(f"device={name!r} is not known: give cpu, cuda or one of {', '.join(KNOWN_DEVICES)}")
+    known = KNOWN_DEVICES[name]
+    return Gpu(name, known.capability, known.num_sms, shared_bytes_of(known.capability))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import logging
 import math
 from dataclasses import dataclass
@@ -22,18 +21,11 @@ from moe_gpu.reference import (
     topk_reference,
     update_selection_bias,
 )
+from moe_gpu.slices.plan import GPUSlice
+from moe_gpu.slices.policies import SliceAllocationPolicy
 from moe_gpu.triton_kernels.ops import TritonExpertOps
 
 logger = logging.getLogger("moe_gpu")
-
-
-class SliceAllocationPolicy(enum.Enum):
-    """How SMs and memory are shared among experts; carried out by the slice manager."""
-
-    STATIC = "static"
-    DYNAMIC = "dynamic"
-    PROPORTIONAL = "proportional"
-    ADAPTIVE = "adaptive"
 
 
 def _uniform(*shape: int, fan_in: int) -> nn.Parameter:
@@ -289,13 +281,18 @@ class AdvancedMoELayer(_MoEBase):
             )
         )
         self.use_triton = use_triton
+        self.slice: GPUSlice | None = None
         self.ops = TritonExpertOps(self.gate_up_proj.device, use_triton)
         self.profiler = profiler
         self.layer_index = layer_index
         self.debug = debug
         self._asked = {
             "cuda_graphs": (use_cuda_graphs, "no graph manager yet; capture the layer with torch.cuda.graph"),
-            "slices": (total_slices > 1, f"no slice manager yet; policy {allocation_policy.name} changes nothing"),
+            "slices": (
+                total_slices > 1,
+                "no slice is held: a plan of AdvancedGPUSliceManager gives a layer one by layer.use_slice; policy "
+                f"{allocation_policy.name} does not divide the experts of one layer yet",
+            ),
             "energy": (enable_energy_monitoring, "no energy monitor yet"),
         }
         for name, (asked, reason) in self._asked.items():
@@ -325,8 +322,20 @@ class AdvancedMoELayer(_MoEBase):
 
     def _apply(self, *args, **kwargs):
         super()._apply(*args, **kwargs)
-        self.ops = TritonExpertOps(self.gate_up_proj.device, self.use_triton)
+        self._make_ops()
         return self
+
+    def _make_ops(self) -> None:
+        budget = None if self.slice is None else self.slice.got_sms or self.slice.asked_sms
+        self.ops = TritonExpertOps(self.gate_up_proj.device, self.use_triton, budget)
+
+    def use_slice(self, held: GPUSlice | None) -> None:
+        """Keep this layer's kernels to a slice's SMs from the next call on; None: to none.
+
+        The budget alone leaves open which SMs serve: call the layer inside `manager.enter(...)` for a green context.
+        """
+        self.slice = held
+        self._make_ops()
 
     @property
     def features(self) -> dict[str, Feature]:
@@ -338,7 +347,19 @@ class AdvancedMoELayer(_MoEBase):
         )
         for name, (asked, reason) in self._asked.items():
             features[name] = Feature(asked, False, reason)
+        if self.slice is not None:
+            features["slices"] = self._slice_feature(self.slice, backend.name)
         return features
+
+    @staticmethod
+    def _slice_feature(held: GPUSlice, backend: str) -> Feature:
+        sms = held.got_sms or held.asked_sms
+        if backend != "triton":
+            return Feature(True, False, f"a slice of {sms} SMs is held; plain PyTorch serves and keeps to no budget")
+        kept = f"every product launches thread blocks for at most {sms} SMs"
+        if held.enforced:
+            return Feature(True, True, f"{kept}; the {held.backend} enforces it for calls inside manager.enter(...)")
+        return Feature(True, True, f"{kept}; nothing keeps other kernels off them")
 
     def get_performance_stats(self) -> dict[str, object]:
         """Features and, with a profiler, its latest figures; reads only what has already reached the host."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -11,7 +12,9 @@ from pathlib import Path
 
 import torch
 
+from moe_gpu.reference import PADDING_TILES, count_load_reference, load_state_size
 from moe_gpu.results import write_atomically
+from moe_gpu.triton_kernels.ops import TritonExpertOps
 
 
 class AsyncCopy:
@@ -36,13 +39,20 @@ class AsyncCopy:
         return self._host
 
 
+HOT, COLD = 2.0, 0.5  # times an even share: above, below
+
+
 @dataclass(frozen=True)
 class ExpertSnapshot:
-    """Expert load of one layer over the rolling window.
+    """Expert load of one layer over the rolling window; None for what two readings are needed to tell.
 
-    counts_E: routes since the profiler began; tokens_per_s_E: routes a second over the last `window_s` seconds, None
-    until two readings lie apart; share_E: share of the window's routes, None likewise. hot and cold: experts with more
-    than twice, or less than half, an even share. invalid_routes: NaN logits and ids out of range, since the beginning.
+    counts_E: routes since the profiler began; tokens_per_s_E: routes a second over the last `window_s` seconds (None
+    for a trace, which has no clock); share_E: share of the window's routes. hot and cold: experts with more than twice,
+    or less than half, an even share. invalid_routes: NaN logits and ids out of range, since the beginning.
+    ewma_tokens_per_s_E: exponentially weighted, of all readings. active_experts: with any route in the window.
+    max_over_mean: the busiest expert's routes over the mean. normalised_entropy: of the shares, 1 when even; None for
+    one expert. peak_rows: most rows of one expert in one call. calls, rows_per_call_E: of the window. padding: share of
+    the rows computed that are padding, by tile height, if every call tiles each expert's rows alone.
     """
 
     layer: int
@@ -53,62 +63,114 @@ class ExpertSnapshot:
     hot: list[int]
     cold: list[int]
     invalid_routes: int
+    ewma_tokens_per_s_E: list[float] | None = None
+    active_experts: int | None = None
+    max_over_mean: float | None = None
+    normalised_entropy: float | None = None
+    peak_rows: int | None = None
+    calls: int | None = None
+    rows_per_call_E: list[float] | None = None
+    padding: dict[int, float] | None = None
+
+    def padding_ratio(self, tile: int) -> float | None:
+        """Share of computed rows that are padding with tiles of so many rows; ValueError for a height not counted."""
+        if tile not in PADDING_TILES:
+            raise ValueError(f"tile={tile} is not one of {', '.join(map(str, PADDING_TILES))}, the heights counted")
+        return None if self.padding is None else self.padding[tile]
+
+
+@dataclass(frozen=True)
+class LoadWindow:
+    """Routes of every layer and expert between two readings; times in seconds of `time.monotonic`."""
+
+    begin_s: float
+    end_s: float
+    counts_LE: torch.Tensor
 
 
 class ExpertProfiler:
     """Counts routes per layer and expert on the device and copies them out now and then, asynchronously.
 
-    `record` adds the routing kernel's own histogram to a device counter: one small launch, no synchronisation, safe in
-    a CUDA graph (the addition replays; copies are started by `poll` or by later eager calls). Raises ValueError for
-    sizes below 1.
+    `record` adds the routing kernel's own histogram to device counters: one small launch, no synchronisation, safe in
+    a CUDA graph (the addition replays; copies are started by `poll` or by later eager calls). A forward pass that
+    gradient checkpointing repeats is not counted again. Raises ValueError for sizes below 1.
     """
 
-    HOT, COLD = 2.0, 0.5
-
     def __init__(
-        self, num_experts: int, num_layers: int = 1, window_s: float = 10.0, copy_interval_s: float = 0.25
+        self,
+        num_experts: int,
+        num_layers: int = 1,
+        window_s: float = 10.0,
+        copy_interval_s: float = 0.25,
+        ewma_half_life_s: float = 5.0,
+        history: int = 256,
     ) -> None:
-        if num_experts < 1 or num_layers < 1:
-            raise ValueError(f"num_experts={num_experts} and num_layers={num_layers} must be at least 1")
-        if window_s <= 0 or copy_interval_s < 0:
-            raise ValueError(f"window_s={window_s} must be positive and copy_interval_s={copy_interval_s} not negative")
+        if num_experts < 1 or num_layers < 1 or history < 1:
+            raise ValueError(
+                f"num_experts={num_experts}, num_layers={num_layers} and history={history} must be at least 1"
+            )
+        if window_s <= 0 or copy_interval_s < 0 or ewma_half_life_s <= 0:
+            raise ValueError(
+                f"window_s={window_s} and ewma_half_life_s={ewma_half_life_s} must be positive and "
+                f"copy_interval_s={copy_interval_s} not negative"
+            )
         self.num_experts, self.num_layers = num_experts, num_layers
-        self.window_s, self.copy_interval_s = window_s, copy_interval_s
-        self._counter_LP: torch.Tensor | None = None
+        self.window_s, self.copy_interval_s, self.ewma_half_life_s = window_s, copy_interval_s, ewma_half_life_s
+        self._state_LS: torch.Tensor | None = None
+        self._by_triton = False
         self._pending: deque[tuple[float, AsyncCopy]] = deque()
         self._readings: deque[tuple[float, torch.Tensor]] = deque()
+        self._ewma_LE: torch.Tensor | None = None
+        self._history: deque[LoadWindow] = deque(maxlen=history)
         self._last_copy = -float("inf")
 
     def attach(self, device: torch.device | str) -> None:
-        """Create the device counter now; `record` does it on the first call outside a graph capture."""
-        shape = (self.num_layers, self.num_experts + 1)
-        self._counter_LP = torch.zeros(shape, dtype=torch.int64, device=device)
+        """Create the device counters now; `record` does it on the first call outside a graph capture."""
+        shape = (self.num_layers, load_state_size(self.num_experts))
+        self._by_triton = TritonExpertOps(device).backend.name == "triton"
+        self._state_LS = torch.zeros(shape, dtype=torch.int64, device=device)
         self._start_copy()
 
+    @property
+    def state_LS(self) -> torch.Tensor | None:
+        """The int64 device counters, a row per layer as `load_state_size` says; None before the first step."""
+        return self._state_LS
+
     def record(self, demand_P: torch.Tensor, layer: int = 0) -> None:
-        """Add one step's histogram (E + 1 bins, the last for invalid routes) of one layer."""
+        """Add one step's histogram (E + 1 bins, the last for invalid routes) of one layer.
+
+        A call inside a backward pass counts nothing: it is a checkpointed layer that is computed again.
+        """
         if demand_P.shape != (self.num_experts + 1,):
             raise ValueError(
                 f"histogram has {demand_P.numel()} bins, expected num_experts + 1 = {self.num_experts + 1}"
             )
         if not 0 <= layer < self.num_layers:
             raise ValueError(f"layer={layer} is outside the profiler's {self.num_layers} layers")
-        if self._counter_LP is None:
+        if self._state_LS is None:
             self.attach(demand_P.device)
-        assert self._counter_LP is not None
-        self._counter_LP[layer].add_(demand_P)
+        assert self._state_LS is not None
+        if demand_P.device.type != self._state_LS.device.type:
+            raise ValueError(
+                f"the profiler counts on {self._state_LS.device} and the layer runs on {demand_P.device}; "
+                f"call attach({str(demand_P.device)!r})"
+            )
+        demand_P = demand_P.to(self._state_LS.device, non_blocking=True)
+        if self._by_triton:
+            torch.ops.moe_gpu.count_load(self._state_LS[layer], demand_P)
+        else:
+            count_load_reference(self._state_LS[layer], demand_P)
         if not torch.compiler.is_compiling() and time.monotonic() - self._last_copy >= self.copy_interval_s:
             self.poll()
 
     def poll(self) -> None:
         """Take in copies that have arrived and start another; never waits. Does nothing during a graph capture."""
-        if self._counter_LP is None:
+        if self._state_LS is None:
             return
-        if self._counter_LP.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if self._state_LS.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return
         while self._pending and self._pending[0][1].ready():
-            taken_at, copy = self._pending.popleft()
-            self._readings.append((taken_at, copy.result()))
+            self._take(*self._pending.popleft())
         newest = self._readings[-1][0] if self._readings else 0.0
         while len(self._readings) > 2 and self._readings[1][0] <= newest - self.window_s:
             self._readings.popleft()
@@ -116,43 +178,107 @@ class ExpertProfiler:
             self._start_copy()
 
     def _start_copy(self) -> None:
-        assert self._counter_LP is not None
+        assert self._state_LS is not None
         self._last_copy = time.monotonic()
-        self._pending.append((self._last_copy, AsyncCopy(self._counter_LP)))
+        self._pending.append((self._last_copy, AsyncCopy(self._state_LS)))
+        self._state_LS[:, self._peaks].zero_()  # behind the copy: the next reading's peaks are its own
+
+    @property
+    def _peaks(self) -> slice:
+        return slice(self.num_experts + 1, 2 * self.num_experts + 1)
+
+    def _take(self, taken_at: float, copy: AsyncCopy) -> None:
+        """Take in a reading: window, moving average and history."""
+        state_LS = copy.result()
+        if self._readings:
+            before_at, before_LS = self._readings[-1]
+            delta_LE = (state_LS - before_LS)[:, : self.num_experts]
+            span = taken_at - before_at
+            if span > 0:
+                rate_LE = delta_LE.double() / span
+                kept = 0.0 if self._ewma_LE is None else 0.5 ** (span / self.ewma_half_life_s)
+                old_LE = rate_LE if self._ewma_LE is None else self._ewma_LE
+                self._ewma_LE = kept * old_LE + (1 - kept) * rate_LE
+            self._history.append(LoadWindow(before_at, taken_at, delta_LE))
+        self._readings.append((taken_at, state_LS))
 
     def flush(self) -> None:
         """Wait for the device and read the counter as it is now; for the end of a run."""
-        if self._counter_LP is not None:
+        if self._state_LS is not None:
             self._start_copy()
             while self._pending:
-                taken_at, copy = self._pending.popleft()
-                self._readings.append((taken_at, copy.result()))
+                self._take(*self._pending.popleft())
 
     def counts_LE(self) -> torch.Tensor | None:
         """int64 routes per layer and expert as of the newest copy that has arrived; None before the first."""
         self.poll()
-        return self._readings[-1][1][:, :-1] if self._readings else None
+        return self._readings[-1][1][:, : self.num_experts] if self._readings else None
+
+    def history(self) -> list[LoadWindow]:
+        """The newest windows between readings, oldest first: a heatmap's columns. Never waits."""
+        self.poll()
+        return list(self._history)
 
     def snapshot(self, layer: int = 0) -> ExpertSnapshot | None:
         """The rolling window's figures from copies that have arrived; None before the first. Never waits."""
         self.poll()
         if not self._readings:
             return None
-        newest_at, newest_LP = self._readings[-1]
-        oldest_at, oldest_LP = self._readings[0]
-        counts = newest_LP[layer, :-1]
-        delta = (counts - oldest_LP[layer, :-1]).double()
-        span = newest_at - oldest_at
-        rates = shares = None
-        hot: list[int] = []
-        cold: list[int] = []
-        if span > 0 and delta.sum() > 0:
-            rates = (delta / span).tolist()
-            shares = (delta / delta.sum()).tolist()
-            even = 1 / self.num_experts
-            hot = [expert for expert, share in enumerate(shares) if share > self.HOT * even]
-            cold = [expert for expert, share in enumerate(shares) if share < self.COLD * even]
-        return ExpertSnapshot(layer, span or None, counts.tolist(), rates, shares, hot, cold, int(newest_LP[layer, -1]))
+        newest_at, newest_LS = self._readings[-1]
+        oldest_at, oldest_LS = self._readings[0]
+        newest, delta = newest_LS[layer], newest_LS[layer] - oldest_LS[layer]
+        peaks = [state_LS[layer, self._peaks] for _, state_LS in list(self._readings)[1:]]
+        return _snapshot(
+            layer,
+            newest[: self.num_experts],
+            delta[: self.num_experts],
+            newest_at - oldest_at,
+            int(newest[self.num_experts]),
+            int(delta[-1]),
+            int(torch.stack(peaks).max()) if peaks else 0,
+            delta[2 * self.num_experts + 1 : -1].tolist(),
+            None if self._ewma_LE is None else self._ewma_LE[layer].tolist(),
+        )
+
+
+def _snapshot(
+    layer: int,
+    counts: torch.Tensor,
+    delta: torch.Tensor,
+    span: float | None,
+    invalid: int,
+    calls: int,
+    peak_rows: int,
+    padded: Sequence[int],
+    ewma: list[float] | None = None,
+) -> ExpertSnapshot:
+    """Figures of a window: routes since the beginning and in it, its seconds and calls, and padded rows by tile."""
+    total = int(delta.sum())
+    rows = delta.double()
+    if total == 0 or span == 0:
+        return ExpertSnapshot(layer, span or None, counts.tolist(), None, None, [], [], invalid, ewma)
+    share = rows / total
+    num_experts = len(rows)
+    entropy = float(torch.special.entr(share).sum()) / math.log(num_experts) if num_experts > 1 else None
+    even = 1 / num_experts
+    return ExpertSnapshot(
+        layer,
+        span,
+        counts.tolist(),
+        None if span is None else (rows / span).tolist(),
+        share.tolist(),
+        [expert for expert, value in enumerate(share.tolist()) if value > HOT * even],
+        [expert for expert, value in enumerate(share.tolist()) if value < COLD * even],
+        invalid,
+        ewma,
+        int((delta > 0).sum()),
+        float(rows.max() / rows.mean()),
+        entropy,
+        peak_rows,
+        calls,
+        (rows / calls).tolist() if calls else None,
+        {tile: 1 - total / rows_computed for tile, rows_computed in zip(PADDING_TILES, padded, strict=True)},
+    )
 
 
 class TraceError(ValueError):
@@ -211,6 +337,31 @@ class RoutingTrace:
         """int64 routes per layer and expert over the whole trace."""
         flat = self.topk_ids_LTK.long().flatten(1)
         return torch.stack([torch.bincount(ids[ids >= 0], minlength=self.num_experts) for ids in flat])
+
+    def calls_LCE(self, tokens_per_call: int) -> torch.Tensor:
+        """int64 routes of each layer and expert in consecutive calls of so many tokens; the last may be shorter."""
+        if tokens_per_call < 1:
+            raise ValueError(f"tokens_per_call={tokens_per_call} must be at least 1")
+        ids_LTK = self.topk_ids_LTK.long()
+        layers, tokens, top_k = ids_LTK.shape
+        call_T = torch.arange(tokens) // tokens_per_call
+        calls = int(call_T[-1]) + 1 if tokens else 0
+        bins = torch.zeros(layers, calls * (self.num_experts + 1), dtype=torch.int64)
+        valid = (ids_LTK >= 0) & (ids_LTK < self.num_experts)
+        index = call_T[:, None] * (self.num_experts + 1) + ids_LTK.where(valid, torch.tensor(self.num_experts))
+        bins.scatter_add_(1, index.flatten(1), torch.ones(layers, tokens * top_k, dtype=torch.int64))
+        return bins.view(layers, calls, self.num_experts + 1)[:, :, :-1]
+
+    def snapshot(self, tokens_per_call: int, layer: int = 0) -> ExpertSnapshot:
+        """The whole trace's figures as if it came in calls of so many tokens; it has no clock, so no rates."""
+        if not 0 <= layer < self.num_layers:
+            raise ValueError(f"layer={layer} is outside the trace's {self.num_layers} layers")
+        calls_CE = self.calls_LCE(tokens_per_call)[layer]
+        counts = calls_CE.sum(0)
+        padded = [int(((calls_CE + tile - 1) // tile * tile).sum()) for tile in PADDING_TILES]
+        invalid = self.topk_ids_LTK[layer].numel() - int(counts.sum())
+        peak = int(calls_CE.max()) if calls_CE.numel() else 0
+        return _snapshot(layer, counts, counts, None, invalid, len(calls_CE), peak, padded)
 
     def replay(self, num_tokens: int, layer: int = 0, start: int = 0) -> torch.Tensor:
         """int32 ids (num_tokens, K) of consecutive tokens from `start`, wrapping at the trace's end."""

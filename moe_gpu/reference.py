@@ -12,6 +12,7 @@ Routing works on any dtype; the products run in the dtype of their inputs, so fl
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -19,6 +20,9 @@ import torch
 import torch.nn.functional as F
 
 from moe_gpu.config import ACTIVATIONS, RouterConfig
+
+PADDING_TILES = (16, 32, 64, 128)
+"""Rows of a tile for which `count_load_reference` counts padding: the heights that products are tiled by."""
 
 INVALID = -1
 """The expert id, or the row, of a route that is dropped: over capacity, a NaN logit, or an id out of range."""
@@ -192,7 +196,8 @@ def sort_routes_reference(
     device = topk_ids_TK.device
     ids = topk_ids_TK.reshape(-1).to(torch.int64)
     bins = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts)
-    demand = torch.bincount(bins, minlength=num_experts + 1)
+    # Not torch.bincount, whose output has a size that depends on the data: no graph could hold it.
+    demand = bins.new_zeros(num_experts + 1).scatter_add_(0, bins, torch.ones_like(bins))
     order = torch.sort(bins, stable=True).indices
     first = demand.cumsum(0) - demand
     rank = torch.empty_like(order)
@@ -254,15 +259,21 @@ def grouped_gemm_reference(
     return torch.cat(pieces)
 
 
-def experts_reference(x_TH: torch.Tensor, routing: Routing, weights: ExpertWeights, activation: str) -> torch.Tensor:
+def experts_reference(
+    x_TH: torch.Tensor,
+    routing: Routing,
+    weights: ExpertWeights,
+    activation: str,
+    grouped_gemm: Callable[..., torch.Tensor] = grouped_gemm_reference,
+) -> torch.Tensor:
     """The whole expert part: permute, up, activation, (mid, activation,) down, combine; (T, O)."""
     rows = x_TH.index_select(0, routing.row_token_R)  # those past the last offset are not read
     offsets = routing.offsets_P
-    h = activate_reference(grouped_gemm_reference(rows, weights.up_EGH, offsets, weights.up_bias_EG), activation)
+    h = activate_reference(grouped_gemm(rows, weights.up_EGH, offsets, weights.up_bias_EG), activation)
     if weights.mid_EII is not None:
-        h = grouped_gemm_reference(h, weights.mid_EII, offsets, weights.mid_bias_EI)
+        h = grouped_gemm(h, weights.mid_EII, offsets, weights.mid_bias_EI)
         h = activate_reference(h, activation)
-    return combine_reference(grouped_gemm_reference(h, weights.down_EOI, offsets, weights.down_bias_EO), routing)
+    return combine_reference(grouped_gemm(h, weights.down_EOI, offsets, weights.down_bias_EO), routing)
 
 
 def load_balancing_loss(logits_TE: torch.Tensor, demand_E: torch.Tensor, top_k: int) -> torch.Tensor:
@@ -285,3 +296,31 @@ def update_selection_bias(bias_E: torch.Tensor, demand_E: torch.Tensor, step_siz
     """Loss-free balancing (arXiv 2408.15664), in place: raise the bias of underloaded experts, lower the others'."""
     load = demand_E.float()
     bias_E.add_(torch.sign(load.mean() - load).to(bias_E.dtype), alpha=step_size)
+
+
+def load_state_size(num_experts: int) -> int:
+    """Numbers in one layer's load counters: E + 1 counts, E peaks, a sum of padded rows for each tile, and calls."""
+    return 2 * num_experts + 1 + len(PADDING_TILES) + 1
+
+
+def repeated_by_checkpointing() -> bool:
+    """Whether this runs inside a backward pass: then it is a forward pass that gradient checkpointing repeats."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+@torch.no_grad()
+def count_load_reference(state_S: torch.Tensor, demand_P: torch.Tensor) -> None:
+    """Add one call's histogram, in place, to int64 counters `state_S`, laid out as `load_state_size` says.
+
+    Nothing is added for a forward pass that gradient checkpointing repeats.
+    """
+    if repeated_by_checkpointing():
+        return
+    num_experts = demand_P.shape[0] - 1
+    rows = demand_P[:-1].long()
+    state_S[: num_experts + 1] += demand_P
+    peaks = state_S[num_experts + 1 : 2 * num_experts + 1]
+    torch.maximum(peaks, rows, out=peaks)
+    padded = state_S[2 * num_experts + 1 : -1]
+    padded += torch.stack([((rows + tile - 1) // tile * tile).sum() for tile in PADDING_TILES])
+    state_S[-1] += 1

@@ -1,7 +1,7 @@
 """Result rows: what was run on what, one JSON object a line. The only way numbers reach a plot, a table or a page.
 
 A file is a sequence of rows; `kind` says which: `machine` (once, first), `ceiling`, `benchmark`, `training`,
-`expert_load`, `tile`. Unknown is None, never 0. Units stand in the names.
+`expert_load`, `tile`, `slice`. Unknown is None, never 0. Units stand in the names.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+
+CACHE_VARIABLE = "MOE_GPU_CACHE"
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,8 @@ class BenchmarkRow:
     dtype: str
     routing: str  # "uniform", "zipf-1.2", "trace", ...
     mode: str  # "forward", "backward" or "forward+backward"
-    launch: str = "eager"  # or "graph"
-    scope: str = "layer"  # router included; "experts" from given ids
+    launch: str = "eager"  # or "graph"; "compiled" by torch.compile
+    scope: str = "layer"  # router included; "experts" from given ids; "4 decoder layers" of a whole model
     reason: str | None = None
     backend: str | None = None  # which backend served it, in the provider's words
     samples: int | None = None
@@ -162,9 +165,30 @@ class TileRow:
     error: str | None = None
 
 
-Row = Machine | Ceiling | BenchmarkRow | TrainingRow | ExpertLoadRow | TileRow
+@dataclass(frozen=True)
+class SliceRow:
+    """One measurement of slices. status: "ok", "unavailable" or "failed"; `reason` says why unless ok."""
+
+    kind: ClassVar[str] = "slice"
+    table: str  # "rate", "launch", "partition", "interference", "isolation", "cost" or "profiler"
+    arm: str  # how the work was kept apart: "alone", "unsliced", "priorities", "cta", "green_context", ...
+    what: str  # the work that was timed
+    status: str = "ok"
+    reason: str | None = None
+    asked_sms: int | None = None
+    got_sms: int | None = None  # as read back from the device
+    background_sms: int | None = None
+    samples: int | None = None
+    p50_ms: float | None = None  # of one call
+    p99_ms: float | None = None
+    max_ms: float | None = None
+    value: float | None = None
+    unit: str | None = None  # of `value`: "FLOP/s", "B/s", "background calls/s", "SMs", "ratio"
+
+
+Row = Machine | Ceiling | BenchmarkRow | TrainingRow | ExpertLoadRow | TileRow | SliceRow
 _KINDS: dict[str, Any] = {
-    cls.kind: cls for cls in (Machine, Ceiling, BenchmarkRow, TrainingRow, ExpertLoadRow, TileRow)
+    cls.kind: cls for cls in (Machine, Ceiling, BenchmarkRow, TrainingRow, ExpertLoadRow, TileRow, SliceRow)
 }
 
 
@@ -233,6 +257,17 @@ def writable_directory(path: str | Path) -> Path:
     except OSError as error:
         raise ValueError(f"cannot write to {path}: {error.strerror}; choose another --output-dir") from error
     return path
+
+
+def device_cache_path(folder: str, device_name: str) -> Path:
+    """The user's file about a GPU model, as `tiles/h200.json`: under MOE_GPU_CACHE, by default ~/.cache/moe_gpu."""
+    root = os.environ.get(CACHE_VARIABLE) or os.path.expanduser("~/.cache/moe_gpu")
+    return Path(root) / folder / device_file_name(device_name)
+
+
+def device_file_name(device_name: str) -> str:
+    """`h200.json` for "NVIDIA H200"."""
+    return re.sub(r"[^a-z0-9]+", "-", device_name.lower()).removeprefix("nvidia-").strip("-") + ".json"
 
 
 def read_rows(path: str | Path) -> list[Row]:

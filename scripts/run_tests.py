@@ -2,20 +2,23 @@
 
 The Triton interpreter must be chosen before Triton is imported and the ahead-of-time compile tests must not see it, so
 `tests/interpreter` and `tests/aot` cannot share a process with the rest. `tests/aot` runs once more with the newest
-Triton, where scripts/install.py has put it beside the one in use. Both runs of it keep one core busy for minutes, so
-they go beside the rest and are shown after it.
+Triton, where scripts/install.py has put it beside the one in use. Where there is no GPU, two processes run at a time,
+the long ones first, and each one's output is shown when it is done.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -69,7 +72,9 @@ def run_pytest(name: str, arguments: list[str], environment: dict[str, str], out
         status = subprocess.run(command, cwd=ROOT, env=full, stdout=output, stderr=errors).returncode
         tally = read_junit(report) if report.exists() else Tally()
     if status and not tally.failed:
-        print(f"{name}: pytest ended with status {status}")
+        if output is not None:
+            output.seek(0, os.SEEK_END)
+        print(f"{name}: pytest ended with status {status}", file=output, flush=True)
         tally.failed += 1
     return tally
 
@@ -92,47 +97,76 @@ def run_with_newest_triton(
     return run_pytest(name, arguments, {**environment, "PYTHONPATH": path, "MOE_GPU_OTHER_TRITON": "1"}, output)
 
 
-def run_ahead_of_time(output: IO[str]) -> Tally:
-    """`tests/aot` with the Triton in use, then with the newest."""
-    total = Tally()
-    plain = {"TRITON_INTERPRET": "0"}
-    for name, run in (("ahead of time", run_pytest), ("ahead of time, newest Triton", run_with_newest_triton)):
-        print(f"== {name}", file=output, flush=True)
-        began = time.monotonic()
-        total.add(run(name, ["tests/aot"], plain, output))
-        output.seek(0, os.SEEK_END)
-        print(f"   {time.monotonic() - began:.0f} s", file=output, flush=True)
-    return total
+# Name, what it is part of, and what runs it; the longest first.
+Part = tuple[str, str, Callable[[str, IO[str] | None], Tally]]
+PLAIN, INTERPRETED = {"TRITON_INTERPRET": "0"}, {"TRITON_INTERPRET": "1"}
+APART = ("interpreter", "aot", "emulator")  # folders of tests/ with a process of their own
+
+
+def test_parts() -> list[Part]:
+    rest = ["tests", *(f"--ignore=tests/{folder}" for folder in APART)]
+
+    def pytest(arguments: list[str], environment: dict[str, str]) -> Callable[[str, IO[str] | None], Tally]:
+        return lambda name, output: run_pytest(name, arguments, environment, output)
+
+    return [
+        ("tests", "tests", pytest(rest, PLAIN)),
+        ("interpreter", "interpreter", pytest(["tests/interpreter"], INTERPRETED)),
+        ("ahead of time", "aot", pytest(["tests/aot"], PLAIN)),
+        (
+            "ahead of time, newest Triton",
+            "aot",
+            lambda name, output: run_with_newest_triton(name, ["tests/aot"], PLAIN, output),
+        ),
+        ("emulator", "emulator", pytest(["tests/emulator"], PLAIN)),
+    ]
+
+
+def lint_parts() -> list[tuple[str, list[str]]]:
+    sources = [source for source in SOURCES if (ROOT / source).exists()]
+    return [
+        ("ruff check", ["ruff", "check", *sources]),
+        ("ruff format", ["ruff", "format", "--check", *sources]),
+        ("mypy", ["mypy", "moe_gpu"]),
+    ]
+
+
+def run_beside_others(name: str, run: Callable[[str, IO[str] | None], Tally], shown: threading.Lock) -> Tally:
+    """Run a part with its output kept, and show that as a whole; a remark when it starts."""
+    print(f"== {name}: started", flush=True)
+    began = time.monotonic()
+    with tempfile.TemporaryFile("w+") as output:
+        tally = run(name, output)
+        output.seek(0)
+        with shown:
+            print(f"== {name}\n{output.read().rstrip()}\n   {time.monotonic() - began:.0f} s", flush=True)
+    return tally
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=["lint", "tests", "interpreter", "aot"], help="one part")
+    parser.add_argument("--only", choices=["lint", "tests", *APART], help="one part")
     only = parser.parse_args().only
-    plain = {"TRITON_INTERPRET": "0"}
-    sources = [source for source in SOURCES if (ROOT / source).exists()]
-    tests = ["tests", "--ignore=tests/interpreter", "--ignore=tests/aot"]
-    parts = [
-        ("lint", "ruff check", lambda name: run_lint(name, ["ruff", "check", *sources])),
-        ("lint", "ruff format", lambda name: run_lint(name, ["ruff", "format", "--check", *sources])),
-        ("lint", "mypy", lambda name: run_lint(name, ["mypy", "moe_gpu"])),
-        ("tests", "tests", lambda name: run_pytest(name, tests, plain)),
-        ("interpreter", "interpreter", lambda name: run_pytest(name, ["tests/interpreter"], {"TRITON_INTERPRET": "1"})),
-    ]
     total = Tally()
-    with tempfile.TemporaryFile("w+") as output, ThreadPoolExecutor(1) as pool:
-        beside = pool.submit(run_ahead_of_time, output) if only in (None, "aot") else None
-        for part, name, run in parts:
-            if only not in (None, part):
-                continue
+    if only in (None, "lint"):
+        for name, arguments in lint_parts():
+            print(f"== {name}", flush=True)
+            total.add(run_lint(name, arguments))
+    parts = [(name, run) for name, part, run in test_parts() if only in (None, part)]
+    # GPU tests measure and fill the GPU's memory: nothing else may run beside them.
+    workers = 1 if shutil.which("nvidia-smi") else min(2, os.cpu_count() or 1)
+    if workers == 1 or len(parts) == 1:
+        for name, run in parts:
             print(f"== {name}", flush=True)
             began = time.monotonic()
-            total.add(run(name))
+            total.add(run(name, None))
             print(f"   {time.monotonic() - began:.0f} s", flush=True)
-        if beside is not None:
-            total.add(beside.result())
-            output.seek(0)
-            print(output.read())
+    else:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes share the cores
+        shown = threading.Lock()
+        with ThreadPoolExecutor(workers) as pool:
+            for tally in pool.map(lambda part: run_beside_others(*part, shown), parts):
+                total.add(tally)
     print()
     for (kind, reason), count in sorted(total.skips.items()):
         print(f"skipped: {count} {kind}: {reason}")

@@ -7,6 +7,7 @@ import torch
 from moe_gpu import reference
 from moe_gpu.config import MoEConfig, RouterConfig
 from moe_gpu.model import AdvancedMoELayer
+from moe_gpu.reference import load_state_size
 from moe_gpu.triton_kernels.ops import TritonExpertOps
 from tests.kernel_cases import ROUTERS, ExpertCase, check_close, check_routing, make_problem
 
@@ -93,6 +94,7 @@ def run_opcheck(device: str) -> None:
     x, routing_weights, weights, _ = problem.leaves(torch.float32)
     routing = ops.sort_routes(problem.ids_TK, routing_weights.detach(), case.experts)
     rows = (routing.row_route_R, routing.row_of_route_TK, routing.offsets_P)
+    demand = routing.demand_P
     logits = torch.randn(11, 3, device=device, requires_grad=True)
     y = torch.randn(22, 16, device=device, requires_grad=True)
     w = torch.randn(3, 5, 16, device=device, requires_grad=True)
@@ -107,6 +109,7 @@ def run_opcheck(device: str) -> None:
         operators.permute.default: (x, *rows),
         operators.combine.default: (y, routing_weights, *rows),
         operators.grouped_gemm.default: (y, w, bias, routing.offsets_P),
+        operators.count_load.default: (torch.zeros(load_state_size(3), dtype=torch.int64, device=device), demand),
     }
     for operator, arguments in checks.items():
         torch.library.opcheck(operator, arguments)

@@ -17,8 +17,8 @@ from moe_gpu.cli import app, main, options
 from moe_gpu.config import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ["README.md", "QUICKSTART.md"]
-COMMANDS = ["demo", "bench", "train", "generate", "report", "tune", "doctor"]
+DOCUMENTS = ["README.md", "QUICKSTART.md", "docs/slicing.md"]
+COMMANDS = ["demo", "bench", "train", "generate", "report", "profile", "tune", "doctor"]
 KEPT = "an earlier run's file\n"
 
 

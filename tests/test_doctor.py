@@ -71,6 +71,16 @@ def test_a_hopper_machine_is_not_limited_to_the_cpu(hopper):
     assert not any("CPU" in limit for limit in diagnosis.limits)
 
 
+def test_a_transformers_without_the_experts_interface_is_told_apart(monkeypatch):
+    monkeypatch.setattr(doctor, "module_found", lambda module: module == "transformers")
+    monkeypatch.setattr(doctor, "package_version", lambda distribution: "4.57.0")
+    check = doctor.check_transformers()
+    assert (check.status, check.fix) == (MISSING, "pip install 'moe-gpu[hf]'")
+    assert check.detail.startswith("4.57.0 has no experts interface: no moe_gpu.enable(model)")
+    monkeypatch.setattr(doctor, "module_found", lambda module: True)
+    assert doctor.check_transformers().detail == "4.57.0: moe_gpu.enable(model), peer transformers_grouped_mm"
+
+
 def test_an_old_gpu_falls_to_the_cpu_limits(hopper, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (7, 5))
     check = doctor.check_capability()

@@ -1,4 +1,4 @@
-"""The training examples: what they write, how they resume, and how they refuse."""
+"""The examples: what they write and print, how they resume, and how they refuse."""
 
 from __future__ import annotations
 
@@ -64,6 +64,23 @@ def test_advanced_example_writes_what_it_promises_and_resumes(tmp_path, run_exam
     assert status == 0, errors
     steps = [row["step"] for row in json.loads((tmp_path / "training_stats.json").read_text())["rows"] if "step" in row]
     assert steps == [1, 3, 5]
+
+
+def test_transformers_example_reports_what_it_serves_and_changes_no_logit(run_example):
+    pytest.importorskip("transformers.integrations.moe", reason="transformers has no experts interface here")
+    status, output, errors = run_example("enable_transformers.py")
+    assert status == 0, errors
+    assert "3 of 3 modules with experts are served" in output
+    assert float(output.split("difference of the logits: ")[1].split()[0]) < 1e-5
+    assert output.count("routes per expert") == 3
+    assert output.splitlines()[-1] == "experts implementation afterwards: grouped_mm"
+
+
+def test_transformers_example_names_what_it_needs(run_example, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    status, output, errors = run_example("enable_transformers.py")
+    assert (status, output) == (2, "")
+    assert errors == ("enable_transformers.py: error: this example needs transformers; pip install 'moe-gpu[hf]'\n")
 
 
 def test_ctrl_c_in_an_example_is_one_line_and_status_130(tmp_path, run_example, monkeypatch):

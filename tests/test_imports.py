@@ -16,7 +16,7 @@ PACKAGE = ROOT / "moe_gpu"
 
 LEAVES = {"config", "reference", "results", "nvml", "extras"}
 MANAGERS = {"profiler", "gpu_slice_manager", "expert_cache", "cuda_graph_manager", "energy_monitor", "energy_model"}
-LAYERS = LEAVES | MANAGERS | {"triton_kernels", "expert_parallel", "model"}
+LAYERS = LEAVES | MANAGERS | {"slices", "triton_kernels", "expert_parallel", "model"}
 TOOLS = {"benchmark", "training", "plots", "report", "console"}
 
 # Room -> the rooms it may import (itself always). A room is a module of moe_gpu, or a folder of modules.
@@ -29,7 +29,10 @@ ALLOWED = {
     "results": {"nvml"},
     "triton_kernels": LEAVES,
     "expert_parallel": LEAVES | {"triton_kernels"},
+    "slices": LEAVES,
     **dict.fromkeys(MANAGERS, LEAVES),
+    "profiler": LEAVES | {"triton_kernels"},  # its counters are added up by a kernel
+    "gpu_slice_manager": LEAVES | {"slices", "profiler"},
     "model": LAYERS,
     "huggingface": LAYERS,
     "training": LAYERS,
@@ -41,8 +44,11 @@ ALLOWED = {
     "explain": LAYERS,
     "tune": LAYERS | {"benchmark", "console", "explain"},
     "runs": LAYERS | TOOLS | {"explain"},
+    "profile_runs": LAYERS | TOOLS | {"runs"},
+    "slice_runs": LAYERS,
+    "slice_bench": LAYERS | {"benchmark", "console"},
     "demo": LAYERS | TOOLS | {"runs"},
-    "cli": LAYERS | TOOLS | {"runs", "doctor", "demo", "tune"},
+    "cli": LAYERS | TOOLS | {"runs", "profile_runs", "slice_runs", "slice_bench", "doctor", "demo", "tune"},
     "__main__": {"cli"},
 }
 

@@ -11,7 +11,9 @@ from moe_gpu import reference
 from moe_gpu.config import MoEConfig, RouterConfig
 from moe_gpu.model import _ANNOUNCED, AdvancedMoELayer, Expert, MoELayer, SliceAllocationPolicy
 from moe_gpu.profiler import ExpertProfiler
+from moe_gpu.slices.plan import GPUSlice
 from moe_gpu.triton_kernels.ops import TritonExpertOps
+from tests.operator_cases import check_fullgraph
 
 SIZES = dict(input_dim=12, expert_dim=12, hidden_dim=20, num_experts=5, top_k=2)
 VARIANTS = {
@@ -328,3 +330,43 @@ def test_wild_ids_are_dropped_whatever_their_width():
     assert routing.row_of_route_TK.tolist() == [[0, -1], [-1, 2], [1, -1]]
     with pytest.raises(ValueError, match="give integers"):
         TritonExpertOps("cpu").sort_routes(ids.float(), torch.ones(3, 2), num_experts=4)
+
+
+def test_a_slice_is_said_to_do_only_what_it_does():
+    layer = AdvancedMoELayer(**SIZES)
+    assert "no slice is held" in layer.features["slices"].reason
+    layer.use_slice(GPUSlice(0, 3, 32, "cta", got_sms=32))
+    feature = layer.features["slices"]
+    assert (feature.asked, feature.active) == (True, False)
+    assert "a slice of 32 SMs is held; plain PyTorch serves and keeps to no budget" in feature.reason
+    assert layer.ops.sm_budget == 32
+    layer.to(torch.float64)
+    assert layer.ops.sm_budget == 32, "a move keeps the slice"
+    green = AdvancedMoELayer._slice_feature(GPUSlice(0, 3, 32, "green_context", 0, 32, True), "triton")
+    assert green.active
+    assert "the green_context enforces it" in green.reason
+    budget = AdvancedMoELayer._slice_feature(GPUSlice(0, 3, 32, "cta", got_sms=32), "triton")
+    assert "nothing keeps other kernels off them" in budget.reason
+    layer.use_slice(None)
+    assert layer.ops.sm_budget is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_reference_backend_traces_without_a_break(dtype):
+    check_fullgraph("cpu", dtype)
+
+
+@pytest.mark.parametrize("biased", [True, False], ids=["bias", "no bias"])
+def test_the_traced_grouped_product_is_a_correct_operator(biased):
+    """The rows of an empty expert and of none: shapes, gradients and aliasing as PyTorch checks them."""
+    TritonExpertOps("cpu")  # registers it
+    a, w = torch.randn(7, 3, requires_grad=True), torch.randn(4, 5, 3, requires_grad=True)
+    bias = torch.randn(4, 5, requires_grad=True) if biased else None
+    offsets = torch.tensor([0, 2, 2, 5, 6], dtype=torch.int32)
+    operator = torch.ops.moe_gpu.grouped_gemm_reference
+    torch.library.opcheck(operator.default, (a, w, offsets, bias))
+    leaves = [a, w] if bias is None else [a, w, bias]
+    results = [call(a, w, offsets, bias) for call in (operator, reference.grouped_gemm_reference)]
+    grads = [torch.autograd.grad(out.square().sum(), leaves) for out in results]
+    for got, expected in zip((results[0], *grads[0]), (results[1], *grads[1]), strict=True):
+        assert torch.equal(got, expected)

@@ -11,6 +11,7 @@ from moe_gpu.results import (
     ExpertLoadRow,
     Machine,
     ResultsError,
+    SliceRow,
     TrainingRow,
     describe_machine,
     from_json,
@@ -33,6 +34,7 @@ ROWS = [
     ),
     TrainingRow("demo", 10, 3.25, 1000, 1.5),
     ExpertLoadRow("training", 0, 0, 4, [1, 2, 3, 2]),
+    SliceRow("rate", "green_context", "matmul", asked_sms=60, got_sms=64, samples=5, value=4e14, unit="FLOP/s"),
 ]
 
 
@@ -77,14 +79,14 @@ def test_a_damaged_line_is_refused_by_name(text, message, saved):
     saved.write_text(saved.read_text() + text)
     with pytest.raises(ResultsError) as caught:
         read_rows(saved)
-    assert f"{saved}:7: " in str(caught.value)
+    assert f"{saved}:{len(ROWS) + 1}: " in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_a_file_cut_short_is_refused(saved):
     content = saved.read_bytes()
     saved.write_bytes(content[: len(content) - 20])
-    with pytest.raises(ResultsError, match=":6: not JSON"):
+    with pytest.raises(ResultsError, match=f":{len(ROWS)}: not JSON"):
         read_rows(saved)
 
 

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from moe_gpu.cli import slices
 from moe_gpu.cli.options import (
     DEVICES,
     DTYPES,
@@ -47,6 +48,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
+
+app.add_typer(slices.app, name="slices", help="Divide a GPU by measured load: plan, show, simulate, MIG, bench.")
 
 
 @app.callback(invoke_without_command=True)
@@ -254,6 +257,41 @@ def report(
         written = write_outputs(results, output_dir)
     if as_json:
         print(json.dumps([str(path) for path in written]))
+
+
+@app.command()
+def profile(
+    trace: Annotated[
+        Path | None,
+        typer.Argument(metavar="[TRACE]", help="A routing trace; without it a short training run on this machine."),
+    ] = None,
+    tokens: Annotated[int, count("--tokens", "Tokens a call, into which a trace is cut.")] = 256,
+    steps: Annotated[int, count("--steps", "Training steps of the live run.")] = 20,
+    windows: Annotated[int, count("--windows", "Columns of the heatmap over time.")] = 32,
+    layer: Annotated[int | None, count("--layer", "The layer drawn over time; by default the most uneven.", 0)] = None,
+    tile: Annotated[int, count("--tile", "Rows of a tile for the padding: 16, 32, 64 or 128.")] = 64,
+    output_dir: OutputDir = Path("moe-gpu-output"),
+    seed: Seed = 0,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Show the load of every expert, of a routing trace or live."""
+    from moe_gpu.profile_runs import run_profile
+
+    with interruptible("nothing was written"), stdout_for_json(as_json):
+        layers = run_profile(
+            output_dir,
+            trace=trace,
+            tokens=tokens,
+            steps=steps,
+            windows=windows,
+            layer=layer,
+            tile=tile,
+            device=device,
+            seed=seed,
+        )
+    if as_json:
+        print("\n".join(json.dumps(figures) for figures in layers))
 
 
 @app.command()

@@ -24,6 +24,7 @@ from moe_gpu.triton_kernels.gather_scatter import (
     weight_gradient,
 )
 from moe_gpu.triton_kernels.grouped_gemm import num_sms, row_contiguous, shared_bytes
+from moe_gpu.triton_kernels.load_counts import count_load
 from moe_gpu.triton_kernels.products import Products
 from moe_gpu.triton_kernels.routing_grad import route_backward
 from moe_gpu.triton_kernels.tuning import mlp_config
@@ -43,6 +44,7 @@ _SCHEMAS = {
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "route_backward": f"(Tensor logits, Tensor ids, Tensor weights, Tensor grad_weights, {_ROUTER}) -> Tensor",
     "sort_routes": "(Tensor ids, int num_experts, int? capacity) -> (Tensor, Tensor, Tensor, Tensor)",
+    "count_load": "(Tensor(a!) state, Tensor demand) -> ()",
     "experts": f"(Tensor x, Tensor weights, Tensor ids, {_ROUTES}, {_WEIGHTS}, bool save, bool fused)"
     " -> (Tensor, Tensor, Tensor)",
     "experts_backward": f"(Tensor grad_out, Tensor x, Tensor weights, Tensor ids, {_ROUTES}, {_WEIGHTS}, Tensor h,"
@@ -89,6 +91,14 @@ def _sort_routes_fake(ids, num_experts, capacity):
     bins = ids.new_empty(num_experts + 1)
     rows = ids.new_empty(ids.shape[0] * ids.shape[1])
     return bins, torch.empty_like(bins), rows, ids.new_empty(ids.shape)
+
+
+def _count_load(state, demand):
+    count_load(state, demand)
+
+
+def _count_load_fake(state, demand):
+    return None
 
 
 class _Operands(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from moe_gpu import reference
 from moe_gpu.config import ACTIVATIONS, RouterConfig
 from moe_gpu.reference import ExpertWeights, Routing
-from moe_gpu.triton_kernels import tuning
+from moe_gpu.triton_kernels import reference_op, tuning
 
 MIN_CAPABILITY = (8, 0)
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -57,6 +58,7 @@ class TritonExpertOps:
         device = torch.device(device)
         self.sm_budget = sm_budget
         self.backend = choose_backend(device.type, device.index, use_triton)
+        reference_op.register()
         if self.backend.name == "triton":
             from moe_gpu.triton_kernels import custom_ops
 
@@ -135,7 +137,7 @@ class TritonExpertOps:
         """
         check_experts(x_TH, routing, weights, activation)
         if not self._by_triton(x_TH):
-            return reference.experts_reference(x_TH, routing, weights, activation)
+            return reference.experts_reference(x_TH, routing, weights, activation, _reference_gemm())
         w = weights
         leaves = (x_TH, routing.topk_weights_TK, *w.tensors())
         save = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in leaves)
@@ -189,8 +191,15 @@ class TritonExpertOps:
         if a_RK.dtype != w_ENK.dtype:
             raise ValueError(f"a is {a_RK.dtype} and w is {w_ENK.dtype}; convert one")
         if not self._by_triton(a_RK):
-            return reference.grouped_gemm_reference(a_RK, w_ENK, offsets_P, bias_EN)
+            return _reference_gemm()(a_RK, w_ENK, offsets_P, bias_EN)
         return torch.ops.moe_gpu.grouped_gemm(a_RK, w_ENK, bias_EN, offsets_P)
+
+
+def _reference_gemm() -> Callable[..., torch.Tensor]:
+    """The reference's grouped product; while a graph is traced, the operator that wraps it."""
+    if torch.compiler.is_compiling():
+        return torch.ops.moe_gpu.grouped_gemm_reference
+    return reference.grouped_gemm_reference
 
 
 def check_experts(x_TH: torch.Tensor, routing: Routing, weights: ExpertWeights, activation: str) -> None:

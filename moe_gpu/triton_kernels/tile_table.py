@@ -12,8 +12,6 @@ import functools
 import json
 import logging
 import math
-import os
-import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
@@ -22,13 +20,12 @@ from typing import Any
 
 import torch
 
-from moe_gpu.results import Ceiling, Machine, write_atomically
+from moe_gpu.results import Ceiling, Machine, device_cache_path, device_file_name, write_atomically
 from moe_gpu.triton_kernels.tuning import KINDS, GemmConfig, HopperConfig, cdiv, gemm_config, next_power_of_2
 
 logger = logging.getLogger("moe_gpu")
 
 SCHEMA = 1
-CACHE_VARIABLE = "MOE_GPU_CACHE"
 MAX_ROWS_PER_EXPERT = 4096  # the last bucket holds all beyond
 # A shape serves for another whose N and K differ by no more than this factor, multiplied together.
 NEAR = 4.0
@@ -173,19 +170,13 @@ def forget_tables() -> None:
     choose_tile.cache_clear()
 
 
-def _file_name(device_name: str) -> str:
-    """`h200.json` for "NVIDIA H200"."""
-    return re.sub(r"[^a-z0-9]+", "-", device_name.lower()).removeprefix("nvidia-").strip("-") + ".json"
-
-
 def cache_path(device_name: str) -> Path:
-    """The user's table for a GPU model: under MOE_GPU_CACHE, by default ~/.cache/moe_gpu."""
-    folder = os.environ.get(CACHE_VARIABLE) or os.path.expanduser("~/.cache/moe_gpu")
-    return Path(folder) / "tiles" / _file_name(device_name)
+    """The user's table for a GPU model."""
+    return device_cache_path("tiles", device_name)
 
 
 def shipped_path(device_name: str) -> Path:
-    return Path(__file__).parent / "tiles" / _file_name(device_name)
+    return Path(__file__).parent / "tiles" / device_file_name(device_name)
 
 
 def read_table(path: Path, device_name: str) -> Table:

@@ -1,0 +1,170 @@
+"""How an experts module of `transformers` keeps its weights: read from tensors and flags, never from the class.
+
+The decorator of transformers' experts interface gives a module `has_gate`, `has_bias`, `is_transposed` and a gate,
+`_apply_gate`. The stacked weights are `gate_up_proj` (`up_proj` without a gate) and `down_proj`: (E, out, in), or
+(E, in, out) where `is_transposed`. Fine-grained FP8 experts hold float8 values and a `*_scale_inv` for each block.
+
+`experts` is such a module everywhere here, `Any` to type checkers: its attributes are transformers' own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_gpu.config import ACTIVATIONS
+from moe_gpu.reference import ExpertWeights
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FP8 = torch.float8_e4m3fn
+_FLAGS = ("config", "has_gate", "has_bias", "is_transposed")
+_GATED = {activation.function: activation.name for activation in ACTIVATIONS.values() if activation.gated}
+
+
+@dataclass(frozen=True)
+class Conventions:
+    """What transformers itself defines: its default gate, and the function that each of its activation classes is."""
+
+    default_gate: Any
+    functions: Mapping[type, str]
+
+    def activation_of(self, experts: Any) -> str | None:
+        """The activation of `config.ACTIVATIONS` that kernels may apply in the module's place; None: call its own."""
+        function = self._function_of(getattr(experts, "act_fn", None))
+        if function is None or not experts.has_gate:
+            return function
+        own_gate = getattr(experts._apply_gate, "__func__", None)
+        return _GATED[function] if own_gate is self.default_gate else None
+
+    def _function_of(self, act_fn: Any) -> str | None:
+        if isinstance(act_fn, nn.Module) and (act_fn._forward_hooks or act_fn._forward_pre_hooks):
+            return None  # somebody watches it
+        if type(act_fn) is nn.GELU:
+            return "gelu" if act_fn.approximate == "none" else "gelu_tanh"
+        return self.functions.get(type(act_fn))
+
+
+def in_interface(module: Any) -> bool:
+    """Whether the module's forward goes through transformers' experts interface."""
+    return all(hasattr(module, flag) for flag in _FLAGS) and hasattr(module.config, "_experts_implementation")
+
+
+def up_name(experts: Any) -> str:
+    return "gate_up_proj" if experts.has_gate else "up_proj"
+
+
+def why_not(experts: Any) -> str | None:
+    """Why the weights of a module of the interface cannot be served, or None; reads each weight once."""
+    if experts.config._experts_implementation == "deepgemm_megamoe":
+        return "deepgemm_megamoe has rearranged its weights; load the model with another experts_implementation"
+    num_experts = {}
+    for name in (up_name(experts), "down_proj"):
+        tensor = getattr(experts, name, None)
+        if not isinstance(tensor, torch.Tensor) or tensor.dim() != 3:
+            return f"has no three-dimensional {name}"
+        if not _plain(tensor):
+            return f"{name} is a {type(tensor).__name__}, not a plain tensor"
+        if tensor.dtype == FP8:
+            reason = _why_not_fp8(experts, name, tensor)
+            if reason:
+                return reason
+        elif tensor.dtype not in FLOATS:
+            kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in (*FLOATS, FP8))
+            return f"{name} is {str(tensor.dtype).removeprefix('torch.')}; only {kinds} are served"
+        if experts.has_bias and getattr(experts, f"{name}_bias", None) is None:
+            return f"has_bias is set and there is no {name}_bias"
+        num_experts[name] = tensor.shape[0]
+    if len(set(num_experts.values())) > 1:
+        return " and ".join(f"{name} has {count} experts" for name, count in num_experts.items())
+    return None
+
+
+def _plain(tensor: torch.Tensor) -> bool:
+    """Whether kernels can read it, DTensors included: transformers and FSDP hand their local parts to the forward."""
+    return type(tensor) in (torch.Tensor, nn.Parameter, nn.Buffer) or hasattr(tensor, "to_local")
+
+
+def describe(experts: Any, activation: str | None) -> str:
+    """A served module's layout in words: sizes, dtype, how its weights are stored, and what is applied between them."""
+    up, down = getattr(experts, up_name(experts)), experts.down_proj
+    width = 1 if experts.is_transposed else 2  # the axis of what a weight is multiplied with
+    text = f"E={up.shape[0]} H={up.shape[width]} I={down.shape[width]} {str(up.dtype).removeprefix('torch.')}"
+    text += ", gate and up" if experts.has_gate else ", no gate"
+    if experts.has_gate and not getattr(experts, "is_concatenated", True):
+        text += " interleaved"
+    if experts.is_transposed:
+        text += ", transposed"
+    if experts.has_bias:
+        text += ", biases"
+    own = "own gate" if experts.has_gate else "own activation"
+    return f"{text}, {activation or own}"
+
+
+def read_weights(experts: Any, like: torch.Tensor) -> ExpertWeights:
+    """The weights in the dtype that the products take, each read once: a parametrised one is computed on reading.
+
+    That dtype is autocast's where autocast is on, else the weights' own, as in transformers' grouped_mm; for FP8
+    weights that of `like`. Transposed weights are views. Raises ValueError for weights that cannot be served.
+    """
+    names = (up_name(experts), "down_proj")
+    raw = [getattr(experts, name) for name in names]
+    if any(tensor.dtype != FP8 and tensor.dtype not in FLOATS for tensor in raw):
+        raise ValueError(f"moe_gpu cannot serve these experts: {why_not(experts)}")
+    dtype = _compute_dtype(like, raw)
+    stacked, biases = [], []
+    for name, tensor in zip(names, raw, strict=True):
+        if tensor.dtype == FP8:
+            tensor = _dequantise(experts, name, tensor)
+        tensor = tensor.to(dtype)
+        stacked.append(tensor.transpose(1, 2) if experts.is_transposed else tensor)
+        biases.append(getattr(experts, f"{name}_bias").to(dtype) if experts.has_bias else None)
+    return ExpertWeights(stacked[0], stacked[1], up_bias_EG=biases[0], down_bias_EO=biases[1])
+
+
+def _compute_dtype(like: torch.Tensor, weights: list[torch.Tensor]) -> torch.dtype:
+    kinds = [like.dtype if weight.dtype == FP8 else weight.dtype for weight in weights]
+    dtype = torch.promote_types(kinds[0], kinds[1])
+    # Autocast leaves float64 as it is.
+    if torch.is_autocast_enabled(like.device.type) and dtype != torch.float64:
+        return torch.get_autocast_dtype(like.device.type)
+    return dtype
+
+
+def _block(size: int, scales: int, block: int | None) -> int | None:
+    """How many rows (or columns) of `size` each of `scales` scales covers; None where that is not certain."""
+    if scales == 1:
+        return size
+    if block is not None:
+        return block if scales * block == size else None
+    return size // scales if size % scales == 0 else None
+
+
+def _blocks(experts: Any, weight: torch.Tensor, scale: torch.Tensor) -> list[int | None]:
+    given = getattr(experts, "block_size", None) or (None, None)
+    return [_block(weight.shape[axis], scale.shape[axis], given[axis - 1]) for axis in (1, 2)]
+
+
+def _why_not_fp8(experts: Any, name: str, weight: torch.Tensor) -> str | None:
+    scale = getattr(experts, f"{name}_scale_inv", None)
+    if not isinstance(scale, torch.Tensor) or scale.dim() != 3 or not scale.dtype.is_floating_point:
+        return f"{name} is float8 and has no three-dimensional floating-point {name}_scale_inv"
+    if None in _blocks(experts, weight, scale):
+        sizes = " x ".join(map(str, weight.shape[1:]))
+        return f"{name} of {sizes} is not made of whole blocks for its {scale.shape[1]} x {scale.shape[2]} scales"
+    return None
+
+
+def _dequantise(experts: Any, name: str, weight: torch.Tensor) -> torch.Tensor:
+    """Float32 values of FP8 weights: each block times its scale. No gradient goes to them."""
+    reason = _why_not_fp8(experts, name, weight)
+    if reason:
+        raise ValueError(f"moe_gpu cannot serve these experts: {reason}")
+    scale = getattr(experts, f"{name}_scale_inv").detach()
+    rows, columns = _blocks(experts, weight, scale)
+    assert rows is not None and columns is not None  # noqa: PT018 as just checked
+    blocks = weight.detach().float().view(weight.shape[0], scale.shape[1], rows, scale.shape[2], columns)
+    return (blocks * scale.float()[:, :, None, :, None]).view(weight.shape)

@@ -1,0 +1,60 @@
+"""Tiny models of transformers through the real kernels on the interpreter: logits, gradients, one graph."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moe_gpu import ExpertProfiler, enable
+
+pytest.importorskip("transformers.integrations.moe", reason="transformers with its experts interface is not installed")
+
+from tests.huggingface_cases import check_error_rule, check_outcome, experts_of, make_model, prompt, routes, run, serve
+
+# The interpreter is slow: one layer with experts each.
+SMALLER = {
+    "qwen3_moe": dict(num_hidden_layers=1),
+    "gpt_oss": dict(num_hidden_layers=1),
+    "nemotron_h": dict(layers_block_type=["moe", "attention"]),
+}
+
+
+@pytest.mark.parametrize("name", SMALLER)
+def test_logits_and_gradients_are_those_of_eager(name):
+    model = make_model(name, **SMALLER[name])
+    expected = run(model)
+    profiler = ExpertProfiler(6)
+    report = enable(model, profiler)
+    assert {row.backend for row in report.covered} == {"triton"}
+    check_outcome(run(model), expected)
+    profiler.flush()
+    assert profiler.counts_LE().sum(1).tolist() == [2 * 9 * 2]
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_bfloat16_is_no_worse_than_twice_eager(name):
+    check_error_rule(experts_of(make_model(name))[0], torch.bfloat16, serve)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_routes_outside_the_experts_contribute_nothing(name):
+    experts = experts_of(make_model(name))[0]
+    hidden, ids, weights = routes(experts, 12)
+    outside = torch.zeros_like(ids, dtype=torch.bool)
+    outside[::3, 0] = True
+    outside[4] = True
+    expected = type(experts).forward(experts, hidden, ids, weights.masked_fill(outside, 0))
+    got = serve(experts, hidden, ids.masked_fill(outside, 6), weights)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    assert (got[4] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_decoding_traces_into_one_graph(name):
+    model = make_model(name, **SMALLER[name])
+    enable(model)
+    expected = model(prompt(), use_cache=False).logits
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(prompt(), use_cache=False).logits, expected, atol=1e-5, rtol=1e-5)

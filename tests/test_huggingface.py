@@ -1,0 +1,792 @@
+"""moe_gpu in models of transformers: every layout against transformers' own loop over experts, and what refuses."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrize
+
+from moe_gpu import ExpertProfiler, disable, enable
+from tests.test_imports import BLOCK
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+pytest.importorskip("transformers.integrations.moe", reason="this transformers has no experts interface")
+
+from tests.huggingface_cases import (  # noqa: E402 they need transformers
+    FUSED,
+    MODELS,
+    VOCABULARY,
+    check_error_rule,
+    check_outcome,
+    experts_of,
+    make_fp8,
+    make_model,
+    prompt,
+    routes,
+    run,
+    serve,
+    zeros_forward,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small products are faster on one thread, and the machine may be shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# The same numbers as transformers' own loop
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_and_gradients_are_those_of_eager(name, monkeypatch):
+    model = make_model(name)
+    expected = run(model)
+    report = enable(model)
+    assert len(report.covered) == MODELS[name][2]
+    assert not report.not_covered
+    check_outcome(run(model), expected)
+    # The control: an implementation that computes nothing must not pass.
+    monkeypatch.setitem(transformers.integrations.moe.ExpertsInterface._global_mapping, "moe_gpu", zeros_forward)
+    zeros = run(model)
+    with pytest.raises(AssertionError, match="logits are off"):
+        check_outcome(zeros, expected)
+    with pytest.raises(AssertionError, match=r"gradient of .* is off"):
+        check_outcome(type(zeros)(expected.logits, zeros.gradients), expected)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_generated_tokens_are_those_of_eager(name):
+    model = make_model(name)
+    options = dict(max_new_tokens=6, do_sample=False)
+    expected = model.generate(prompt(), **options)
+    enable(model)
+    assert torch.equal(model.generate(prompt(), **options), expected)
+    assert torch.equal(model.generate(prompt(), **options, cache_implementation="static"), expected)
+    assert model.config._experts_implementation == "moe_gpu"
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "nemotron_h"])
+def test_static_cache_decodes_in_one_graph(name):
+    """Compiled decoding with fullgraph: nothing reads a tensor on the host; the profiler counts in the graph too."""
+    from transformers.generation.configuration_utils import CompileConfig
+
+    model = make_model(name)
+    options = dict(max_new_tokens=5, do_sample=False)
+    expected = model.generate(prompt(), **options)
+    compile_config = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
+    compile_config._compile_all_devices = True  # transformers compiles on GPUs alone unless told so
+    profiler = ExpertProfiler(6, num_layers=2)
+    enable(model, profiler)
+    torch._dynamo.reset()
+    got = model.generate(prompt(), **options, cache_implementation="static", compile_config=compile_config)
+    assert torch.equal(got, expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
+    profiler.flush()
+    tokens = 2 * 9 + 2 * 4  # the prompt, then one token a sequence and step but the last
+    assert profiler.counts_LE().sum(1).tolist() == [tokens * 2] * 2
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_a_training_step_traces_into_one_graph(name):
+    model = make_model(name)
+    enable(model)
+    expected = run(model)
+    torch._dynamo.reset()
+    model.forward = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+    check_outcome(run(model), expected)
+
+
+def test_by_name_alone_a_compiled_model_takes_any_length(monkeypatch):
+    """The first call of all is a traced one: nothing was prepared by `enable` or by an eager call."""
+    from moe_gpu.huggingface import forward, register
+
+    register()
+    monkeypatch.setattr(forward, "_OPS", {})
+    model = make_model("gpt_oss", num_hidden_layers=1)
+    model.set_experts_implementation("moe_gpu")
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch.no_grad():
+        for length in (9, 4):
+            got = compiled(prompt()[:, :length], use_cache=False).logits
+            assert torch.equal(got, model(prompt()[:, :length], use_cache=False).logits)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "nemotron_h"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_no_worse_than_twice_eager(name, dtype):
+    experts = experts_of(make_model(name))[0]
+    check_error_rule(experts, dtype, serve)
+    with pytest.raises(AssertionError):
+        check_error_rule(experts, dtype, zeros_forward)
+
+
+def test_float64_is_float64_throughout():
+    experts = experts_of(make_model("mixtral"))[0].double()
+    hidden, ids, weights = (t.double() if t.is_floating_point() else t for t in routes(experts))
+    truth = type(experts).forward(experts, hidden, ids, weights)
+    torch.testing.assert_close(serve(experts, hidden, ids, weights), truth, atol=1e-14, rtol=1e-13)
+
+
+# Layouts, activations and gates
+
+
+ACTIVATIONS = {
+    "silu": "swiglu",
+    "swish": "swiglu",
+    "gelu": "geglu",
+    "gelu_pytorch_tanh": "geglu_tanh",
+    "relu": "reglu",
+    "gelu_new": "own gate",
+    "quick_gelu": "own gate",
+    "relu2": "own gate",
+}
+
+
+@pytest.mark.parametrize(("function", "served_as"), ACTIVATIONS.items())
+def test_known_activations_are_fused_and_others_called(function, served_as):
+    model = make_model("mixtral", hidden_act=function, num_hidden_layers=1)
+    expected = run(model)
+    (row,) = enable(model).modules
+    assert row.layout.endswith(served_as)
+    check_outcome(run(model), expected)
+
+
+def test_fusing_is_reported():
+    for name in MODELS:
+        report = enable(make_model(name))
+        assert {"activation fused" in row.how for row in report.covered} == {name in FUSED}
+
+
+def test_a_plain_activation_is_fused_without_a_gate():
+    model = make_model("nemotron_h", mlp_hidden_act="silu")
+    expected = run(model)
+    assert enable(model).covered[0].layout == "E=6 H=32 I=24 float32, no gate, silu"
+    check_outcome(run(model), expected)
+
+
+def test_a_gate_of_the_modules_own_is_called():
+    experts = experts_of(make_model("mixtral"))[0]
+    arguments = routes(experts)
+
+    def clamped(gate_up):
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate.clamp(max=0.1)) * (up + 1)
+
+    experts._apply_gate = clamped
+    hidden, ids, weights = arguments
+    expected = torch.zeros_like(hidden)
+    for k in range(2):
+        for token, expert in enumerate(ids[:, k].tolist()):
+            h = experts.down_proj[expert] @ clamped(experts.gate_up_proj[expert] @ hidden[token])
+            expected[token] += weights[token, k] * h
+    torch.testing.assert_close(serve(experts, *arguments), expected, atol=1e-5, rtol=1e-5)
+
+
+OWN_GATES = {
+    "deepseek_v4": "DeepseekV4Experts",
+    "glm5_next": "Glm5NextTextExperts",
+    "hy_v4": "HYV4Experts",
+    "minimax_m3_vl": "MiniMaxM3VLExperts",
+    "openai_privacy_filter": "OpenAIPrivacyFilterExperts",
+}
+
+
+@pytest.mark.parametrize(("model", "experts_class"), OWN_GATES.items(), ids=OWN_GATES)
+def test_every_gate_that_transformers_has_is_called(model, experts_class):
+    """The experts classes with a gate of their own that no model above has; the limit is low, so that it clamps."""
+    module = f"transformers.models.{model}.modeling_{model}"
+    classes = pytest.importorskip(module, reason=f"this transformers has no {model}")
+    config = SimpleNamespace(
+        _experts_implementation="eager",
+        num_local_experts=6,
+        num_experts=6,
+        hidden_size=32,
+        intermediate_size=24,
+        moe_intermediate_size=24,
+        hidden_act="silu",
+        swiglu_limit=0.5,
+        swiglu_alpha=1.702,
+    )
+    torch.manual_seed(0)
+    experts = getattr(classes, experts_class)(config)
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    expected = experts(*routes(experts))
+    torch.testing.assert_close(serve(experts, *routes(experts)), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_an_activation_that_somebody_watches_is_called():
+    experts = experts_of(make_model("mixtral"))[0]
+    seen = []
+    experts.act_fn.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    expected = type(experts).forward(experts, *routes(experts))
+    seen.clear()
+    torch.testing.assert_close(serve(experts, *routes(experts)), expected, atol=1e-5, rtol=1e-5)
+    assert seen == [(80, 24)]
+
+
+# Ids and shards of parallel runs
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_routes_outside_the_experts_contribute_nothing(name):
+    """Expert parallelism of transformers hands over ids E (or -1) for other ranks' experts."""
+    experts = experts_of(make_model(name))[0]
+    hidden, ids, weights = routes(experts)
+    outside = torch.zeros_like(ids, dtype=torch.bool)
+    outside[::3, 0] = True
+    outside[4] = True
+    expected_weights = weights.masked_fill(outside, 0).requires_grad_()
+    expected = type(experts).forward(experts, hidden, ids, expected_weights)
+    grad = torch.randn_like(expected)
+    expected_grads = torch.autograd.grad(expected, [expected_weights, *experts.parameters()], grad)
+    for sentinel in (6, -1, 10**12):
+        leaf = weights.clone().requires_grad_()  # not zero: the id alone decides
+        got = serve(experts, hidden, ids.masked_fill(outside, sentinel), leaf)
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+        grads = torch.autograd.grad(got, [leaf, *experts.parameters()], grad)
+        assert (grads[0][outside] == 0).all()
+        for mine, theirs in zip(grads[1:], expected_grads[1:], strict=True):
+            torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+    nothing = serve(experts, hidden, torch.full_like(ids, 6), weights)
+    assert (nothing == 0).all()
+
+
+def shard(experts: nn.Module, **tensors: torch.Tensor) -> nn.Module:
+    """The module with other weights and every size that its class wrote down left as it was."""
+    part = copy.deepcopy(experts)
+    for name, tensor in tensors.items():
+        setattr(part, name, nn.Parameter(tensor.detach().clone()))
+    return part
+
+
+def test_shards_of_the_inner_width_add_up_to_the_whole():
+    experts = experts_of(make_model("mixtral"))[0]
+    arguments = routes(experts)
+    gate, up = experts.gate_up_proj.chunk(2, dim=1)
+    parts = [
+        shard(experts, gate_up_proj=torch.cat([gate[:, s], up[:, s]], 1), down_proj=experts.down_proj[:, :, s])
+        for s in (slice(0, 8), slice(8, 24))
+    ]
+    total = sum(serve(part, *arguments) for part in parts)
+    torch.testing.assert_close(total, type(experts).forward(experts, *arguments), atol=1e-5, rtol=1e-5)
+
+
+def test_shards_of_the_experts_add_up_to_the_whole():
+    experts = experts_of(make_model("mixtral"))[0]
+    hidden, ids, weights = routes(experts)
+    total = torch.zeros_like(hidden)
+    for first, last in ((0, 2), (2, 6)):
+        part = shard(experts, gate_up_proj=experts.gate_up_proj[first:last], down_proj=experts.down_proj[first:last])
+        local = (ids >= first) & (ids < last)
+        total += serve(part, hidden, torch.where(local, ids - first, last - first), weights * local)
+    torch.testing.assert_close(total, type(experts).forward(experts, hidden, ids, weights), atol=1e-5, rtol=1e-5)
+
+
+# Weights that are computed, of another dtype, or quantised
+
+
+class LowRank(nn.Module):
+    """What PEFT puts before an experts' weight: the frozen weight plus a product of two small matrices."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(5)
+        self.a = nn.Parameter(torch.randn(weight.shape[0], weight.shape[1], 2, generator=generator) * 0.1)
+        self.b = nn.Parameter(torch.randn(weight.shape[0], 2, weight.shape[2], generator=generator) * 0.1)
+        self.reads = 0
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        self.reads += 1
+        return weight + self.a @ self.b
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_parametrised_weights_are_read_once_a_forward_and_never_kept(name):
+    model = make_model(name)
+    adapters = []
+    for experts in experts_of(model):
+        for weight in ("gate_up_proj", "down_proj"):
+            adapter = LowRank(getattr(experts, weight))
+            parametrize.register_parametrization(experts, weight, adapter)
+            experts.parametrizations[weight].original.requires_grad_(False)
+            adapters.append(adapter)
+    expected = run(model)
+    assert any("parametrizations.down_proj.0.b" in parameter for parameter in expected.gradients)
+    assert len(enable(model).covered) == 2
+    for adapter in adapters:
+        adapter.reads = 0
+    check_outcome(run(model), expected)
+    assert [adapter.reads for adapter in adapters] == [1] * 4
+    with torch.no_grad():
+        for adapter in adapters:
+            adapter.b.mul_(-3)
+    moved = run(model)
+    disable(model)
+    check_outcome(moved, run(model))
+    with pytest.raises(AssertionError, match="logits are off"):
+        check_outcome(moved, expected)
+
+
+def test_float32_weights_in_a_bfloat16_model_compute_in_float32():
+    """As transformers' grouped_mm: in the weights' dtype; the result has the hidden states' dtype."""
+    experts = experts_of(make_model("mixtral"))[0]
+    hidden, ids, weights = routes(experts)
+    got = serve(experts, hidden.bfloat16(), ids, weights.bfloat16())
+    assert got.dtype == torch.bfloat16
+    expected = type(experts).forward(experts, hidden.bfloat16().float(), ids, weights.bfloat16().float())
+    assert torch.equal(got, expected.bfloat16())
+    with pytest.raises(RuntimeError):  # the loop over experts refuses the mix
+        type(experts).forward(experts, hidden.bfloat16(), ids, weights.bfloat16())
+    theirs = transformers.integrations.moe.grouped_mm_experts_forward(experts, hidden.bfloat16(), ids, weights)
+    assert theirs.dtype == torch.bfloat16
+    torch.testing.assert_close(got, theirs, atol=0.01, rtol=0.01)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_autocast_computes_in_its_dtype_and_returns_that_of_the_hidden_states(name):
+    experts = experts_of(make_model(name))[0]
+    hidden, ids, weights = routes(experts)
+    exact = type(experts).forward(experts, hidden, ids, weights)
+    with torch.autocast("cpu", torch.bfloat16):
+        eager = type(experts).forward(experts, hidden, ids, weights)
+        got = serve(experts, hidden, ids, weights)
+    assert got.dtype == eager.dtype == torch.float32
+    eager_error = (eager - exact).abs().max()
+    assert eager_error > 1e-4  # so that computing in float32 would show
+    assert 1e-4 < (got - exact).abs().max() <= 2 * eager_error
+    got.sum().backward()
+    assert experts.down_proj.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("scale_fmt", ["float", "ue8m0"])
+@pytest.mark.parametrize("block", [(16, 8), None], ids=["blocks", "whole halves"])
+def test_fp8_experts_are_served_by_dequantised_weights(scale_fmt, block):
+    model, twin = make_fp8(scale_fmt, block)
+    expected = run(twin)
+    report = enable(model)
+    assert len(report.covered) == 2
+    assert "float8_e4m3fn" in report.covered[0].layout
+    assert "dequantised on every call" in report.covered[0].how
+    got = run(model)
+    of_the_rest = {name: grad for name, grad in expected.gradients.items() if ".experts." not in name}
+    check_outcome(got, type(got)(expected.logits, of_the_rest))
+    assert torch.equal(
+        model.generate(prompt(), max_new_tokens=4, do_sample=False),
+        twin.generate(prompt(), max_new_tokens=4, do_sample=False),
+    )
+
+
+def test_fp8_experts_take_the_implementation_by_name():
+    from moe_gpu.huggingface import register
+
+    register()
+    model, twin = make_fp8()
+    model.set_experts_implementation("moe_gpu")
+    check = run(model).logits
+    torch.testing.assert_close(check, run(twin).logits, atol=1e-5, rtol=1e-5)
+
+
+# The report, and what refuses
+
+
+def test_the_report_names_every_module():
+    model = make_model("deepseek_v3")
+    report = enable(model)
+    (row,) = report.modules
+    assert row.module == "model.layers.1.mlp.experts"
+    assert row.layout == "E=8 H=32 I=24 float32, gate and up, swiglu"
+    assert (row.backend, row.why_not, row.layer_index) == ("reference", None, 0)
+    assert "on cpu" in row.how
+    assert json.loads(json.dumps(report.to_dict())) == {"covered": 1, "modules": [{**vars(row)}]}
+    lines = str(report).splitlines()
+    assert lines[1].startswith("model.layers.1.mlp.experts  reference  E=8")
+    assert lines[-1] == "1 of 1 modules with experts are served"
+
+
+def test_layouts_of_gpt_oss_and_nemotron_h_are_described():
+    gpt_oss, nemotron_h = (enable(make_model(name)).modules[0].layout for name in ("gpt_oss", "nemotron_h"))
+    assert gpt_oss == "E=6 H=32 I=24 float32, gate and up interleaved, transposed, biases, own gate"
+    assert nemotron_h == "E=6 H=32 I=24 float32, no gate, own activation"
+
+
+def make_llama4() -> nn.Module:
+    config = transformers.Llama4TextConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=24,
+        intermediate_size_mlp=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=4,
+        pad_token_id=0,
+    )
+    return transformers.Llama4ForCausalLM(config)
+
+
+def make_dense() -> nn.Module:
+    sizes = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=1, head_dim=8)
+    return transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(**sizes, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (make_llama4, r"none of 2 modules .* model.layers.0.feed_forward.experts: outside transformers' experts inter"),
+        (make_dense, "no experts that go through"),
+        (lambda: nn.Linear(2, 2), "no experts that go through"),
+    ],
+    ids=["llama4", "dense", "no model of transformers"],
+)
+def test_a_model_without_a_module_to_serve_is_refused(make, said):
+    model = make()
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    implementation = getattr(getattr(model, "config", None), "_experts_implementation", None)
+    with pytest.raises(ValueError, match=said) as caught:
+        enable(model)
+    assert "\n" not in str(caught.value)
+    assert "docs/huggingface.md" in str(caught.value)
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+    assert getattr(getattr(model, "config", None), "_experts_implementation", None) == implementation
+
+
+def set_dtype(experts):
+    experts.down_proj = nn.Parameter(experts.down_proj.data.to(torch.int8), requires_grad=False)
+
+
+def set_scales(experts):
+    experts.down_proj = nn.Parameter(experts.down_proj.data.to(torch.float8_e4m3fn), requires_grad=False)
+
+
+def set_blocks(experts):
+    set_scales(experts)
+    experts.block_size = (128, 128)
+    experts.down_proj_scale_inv = nn.Parameter(torch.ones(6, 2, 1))
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+REFUSALS = {
+    "int8": (set_dtype, "down_proj is int8; only float64, float32, bfloat16, float16, float8_e4m3fn are served"),
+    "no scales": (set_scales, "down_proj is float8 and has no three-dimensional floating-point down_proj_scale_inv"),
+    "part of a block": (set_blocks, "down_proj of 32 x 24 is not made of whole blocks for its 2 x 1 scales"),
+    "no bias": (lambda e: setattr(e, "has_bias", True), "has_bias is set and there is no gate_up_proj_bias"),
+    "no weight": (lambda e: delattr(e, "gate_up_proj"), "has no three-dimensional gate_up_proj"),
+    "flat": (lambda e: setattr(e, "down_proj", nn.Parameter(torch.ones(6, 4))), "has no three-dimensional down_proj"),
+    "other experts": (
+        lambda e: setattr(e, "down_proj", nn.Parameter(torch.ones(5, 32, 24))),
+        "gate_up_proj has 6 experts and down_proj has 5 experts",
+    ),
+    "subclass": (
+        lambda e: (
+            (e.register_parameter("down_proj", None), delattr(e, "down_proj"))
+            and setattr(e, "down_proj", torch.ones(6, 32, 24).as_subclass(Subclass))
+        ),
+        "down_proj is a Subclass, not a plain tensor",
+    ),
+    "megamoe": (
+        lambda e: (
+            setattr(e, "config", copy.copy(e.config))
+            or setattr(e.config, "_experts_implementation", "deepgemm_megamoe")
+        ),
+        "deepgemm_megamoe has rearranged its weights",
+    ),
+}
+
+
+@pytest.mark.parametrize(("spoil", "reason"), REFUSALS.values(), ids=REFUSALS)
+def test_a_module_that_cannot_be_served_is_refused_with_the_reason_and_left_alone(spoil, reason):
+    model = make_model("mixtral")
+    first, second = experts_of(model)
+    spoil(second)
+    config = second.config
+    before = config._experts_implementation
+    report = enable(model)
+    assert [row.covered for row in report.modules] == [True, False]
+    assert report.not_covered[0].why_not.startswith(reason)
+    assert "not covered" in str(report)
+    assert first.config._experts_implementation == "moe_gpu"
+    assert second.config._experts_implementation == before
+    disable(model)
+    assert second.config is config
+    assert (first.config._experts_implementation, config._experts_implementation) == ("eager", before)
+
+
+def test_a_model_with_a_refused_module_still_computes_it_as_before():
+    model = make_model("mixtral")
+    expected = run(model)
+    experts_of(model)[1].has_bias = True  # which the loop of transformers does not read
+    assert len(enable(model).not_covered) == 1
+    check_outcome(run(model), expected)
+
+
+def test_by_name_a_module_that_cannot_be_served_raises_with_the_reason():
+    experts = experts_of(make_model("mixtral"))[0]
+    set_dtype(experts)
+    with pytest.raises(ValueError, match="moe_gpu cannot serve these experts: down_proj is int8"):
+        serve(experts, *routes(experts))
+    with pytest.raises(ValueError, match=r"shape \(1, 40, 32\); expected \(tokens, width\)"):
+        serve(experts, torch.zeros(1, 40, 32), *routes(experts)[1:])
+
+
+# Enabling and disabling
+
+
+def test_disable_restores_exactly_what_was_there():
+    model = make_model("qwen3_moe")
+    model.set_experts_implementation("grouped_mm")
+    configs = [module.config for module in experts_of(model)]
+    attributes = {name: sorted(vars(module)) for name, module in model.named_modules()}
+    state = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+    for _ in range(2):  # enabling twice is enabling once
+        enable(model, ExpertProfiler(6, num_layers=2))
+    assert model.config._experts_implementation == "moe_gpu"
+    for _ in range(2):
+        disable(model)
+        assert model.config._experts_implementation == "grouped_mm"
+        assert [module.config for module in experts_of(model)] == configs
+        assert all(got is kept for got, kept in zip([m.config for m in experts_of(model)], configs, strict=True))
+        assert {name: sorted(vars(module)) for name, module in model.named_modules()} == attributes
+        assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == state
+
+
+def test_transformers_switches_away_as_usual_and_disable_still_restores():
+    model = make_model("qwen3_moe")
+    profiler = ExpertProfiler(6, num_layers=2)
+    enable(model, profiler)
+    model.set_experts_implementation("grouped_mm")
+    model(prompt())
+    assert profiler.counts_LE() is None
+    disable(model)
+    assert model.config._experts_implementation == "eager"
+
+
+def test_the_name_is_known_after_register_and_a_saved_model_has_no_trace(tmp_path):
+    from moe_gpu.huggingface import register
+
+    register()
+    model = make_model("qwen3_moe")
+    expected = run(model)
+    enable(model)
+    model.save_pretrained(tmp_path)
+    assert "moe_gpu" not in (tmp_path / "config.json").read_text()
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="moe_gpu")
+    assert loaded.config._experts_implementation == "moe_gpu"
+    check_outcome(run(loaded), expected)
+
+
+def test_copies_of_an_enabled_model_are_served_and_count_nothing():
+    model = make_model("qwen3_moe")
+    profiler = ExpertProfiler(6, num_layers=2)
+    enable(model, profiler)
+    expected = model(prompt()).logits
+    profiler.flush()
+    counted = profiler.counts_LE().clone()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(prompt()).logits, expected)
+        disable(other)
+        assert other.config._experts_implementation == "eager"
+    assert model.config._experts_implementation == "moe_gpu"
+    profiler.flush()
+    assert torch.equal(profiler.counts_LE(), counted)
+
+
+def test_importing_registers_nothing_and_imports_no_transformers():
+    code = (
+        "import sys, moe_gpu, moe_gpu.huggingface\n"
+        "moe_gpu.enable, moe_gpu.disable, moe_gpu.CoverageReport\n"
+        "assert 'transformers' not in sys.modules\n"
+        "from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS\n"
+        "from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS as FP8\n"
+        "tables = [ALL_EXPERTS_FUNCTIONS, FP8]\n"
+        "assert not any('moe_gpu' in table for table in tables)\n"
+        "moe_gpu.huggingface.register()\n"
+        "assert all('moe_gpu' in table for table in tables)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_without_transformers_the_remedy_is_named():
+    code = (
+        BLOCK + "import torch, moe_gpu\ntry: moe_gpu.enable(torch.nn.Linear(2, 2))\nexcept ImportError as e: print(e)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "transformers"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "pip install 'moe-gpu[hf]'" in done.stdout
+
+
+# Counting
+
+
+def test_routes_are_counted_by_layer_and_expert():
+    model = make_model("qwen3_moe")
+    chosen = []
+    for experts in experts_of(model):
+        experts.register_forward_pre_hook(lambda module, inputs: chosen.append(inputs[1]))
+    profiler = ExpertProfiler(6, num_layers=2)
+    report = enable(model, profiler)
+    assert [row.layer_index for row in report.modules] == [0, 1]
+    model(prompt())
+    profiler.flush()
+    expected = [torch.bincount(ids.flatten(), minlength=6).tolist() for ids in chosen]
+    assert profiler.counts_LE().tolist() == expected
+    assert profiler.snapshot(1).counts_E == expected[1]
+
+
+CHECKPOINTING = {"reentrant": (True, False), "not reentrant": (False, False), "compiled": (False, True)}
+
+
+@pytest.mark.parametrize(("reentrant", "compiled"), CHECKPOINTING.values(), ids=CHECKPOINTING)
+def test_gradient_checkpointing_counts_once_and_changes_no_gradient(reentrant, compiled):
+    model = make_model("qwen3_moe", use_cache=False)
+    expected = run(model)
+    profiler = ExpertProfiler(6, num_layers=2)
+    enable(model, profiler)
+    calls = []
+    for experts in experts_of(model):
+        experts.register_forward_pre_hook(lambda module, inputs: calls.append(1))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    model.train()
+    if compiled:
+        torch._dynamo.reset()
+        profiler.attach("cpu")
+        model.forward = torch.compile(model.forward, backend="aot_eager")
+    check_outcome(run(model), expected)
+    assert compiled or len(calls) == 4  # each layer twice
+    profiler.flush()
+    assert profiler.counts_LE().sum(1).tolist() == [2 * 9 * 2] * 2
+
+
+@pytest.mark.parametrize(
+    ("profiler", "said"),
+    [
+        (ExpertProfiler(6), r"num_layers=1 and the model has 2 .* ExpertProfiler\(num_experts, num_layers=2\)"),
+        (ExpertProfiler(5, num_layers=2), r"num_experts=5 and the model has 6; make ExpertProfiler\(6, num_layers=2\)"),
+    ],
+)
+def test_a_profiler_that_does_not_fit_is_refused_and_nothing_changes(profiler, said):
+    model = make_model("qwen3_moe")
+    with pytest.raises(ValueError, match=said):
+        enable(model, profiler)
+    assert model.config._experts_implementation == "eager"
+
+
+class Wrapper(nn.Module):
+    """What PEFT puts in an experts module's place."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+
+    def forward(self, *arguments):
+        return self.base_layer(*arguments)
+
+
+def test_a_wrapped_module_is_found_inside_its_wrapper():
+    model = make_model("qwen3_moe")
+    expected = run(model)
+    for layer in model.model.layers:
+        layer.mlp.experts = Wrapper(layer.mlp.experts)
+    report = enable(model)
+    assert [row.module for row in report.modules] == [f"model.layers.{i}.mlp.experts.base_layer" for i in range(2)]
+    torch.testing.assert_close(run(model).logits, expected.logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("num_tokens", [0, 1])
+def test_no_token_and_one_token(name, num_tokens):
+    experts = experts_of(make_model(name))[0]
+    hidden, ids, weights = routes(experts, num_tokens)
+    got = serve(experts, hidden.requires_grad_(), ids, weights)
+    assert got.shape == (num_tokens, 32)
+    torch.testing.assert_close(got, type(experts).forward(experts, hidden, ids, weights), atol=1e-5, rtol=1e-5)
+    got.sum().backward()
+    assert torch.isfinite(experts.down_proj.grad).all()
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_inputs_need_not_be_contiguous_and_are_not_written(name):
+    experts = experts_of(make_model(name))[0]
+    hidden, ids, weights = routes(experts)
+    wide = torch.cat([hidden, hidden], 1)[:, :32]
+    strided = (wide, ids.repeat(1, 2)[:, :2], weights.t().contiguous().t())
+    kept = [tensor.clone() for tensor in strided]
+    torch.testing.assert_close(serve(experts, *strided), serve(experts, hidden, ids, weights))
+    assert all(torch.equal(now, before) for now, before in zip(strided, kept, strict=True))
+
+
+def test_parts_of_a_model_can_be_enabled():
+    """A wrapper around a model, and one layer of it: the choice is its configuration's, as in transformers."""
+    model = make_model("qwen3_moe")
+    expected = run(model)
+    report = enable(nn.ModuleDict({"inner": model}))
+    assert report.modules[0].module == "inner.model.layers.0.mlp.experts"
+    check_outcome(run(model), expected)
+    disable(model)
+    enable(model.model.layers[1])
+    assert model.config._experts_implementation == "moe_gpu"
+    disable(model)
+    assert model.config._experts_implementation == "eager"
+
+
+def test_two_processes_of_transformers_parallelism_and_fsdp_agree_with_one():
+    """Tensor and expert parallelism as transformers 5.17 applies them, and FSDP, which renames the class."""
+    pytest.importorskip("transformers.distributed.tensor_parallel", reason="this transformers shards models otherwise")
+    command = [sys.executable, "-m", "tests.huggingface_parallel"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count(": right") == 4
+
+
+def test_the_benchmark_script_checks_what_it_times_and_runs_anywhere_when_quick(tmp_path, monkeypatch, capsys):
+    from moe_gpu.results import BenchmarkRow, read_rows, select
+
+    script = runpy.run_path(str(ROOT / "benchmarks" / "run_huggingface.py"))
+    output = tmp_path / "rows.jsonl"
+    monkeypatch.setattr(sys, "argv", ["run_huggingface.py", "--quick", "--section", "training", str(output)])
+    assert script["main"]() == 0
+    rows = select(read_rows(output), BenchmarkRow)
+    assert [(row.provider, row.status) for row in rows] == [
+        (name, "ok") for name in ("moe_gpu", "transformers_grouped_mm", "transformers_batched_mm", "transformers_eager")
+    ]
+    assert all(row.max_error <= row.allowed_error and row.p50_ms > 0 for row in rows)
+    mapping = transformers.integrations.moe.ExpertsInterface._global_mapping
+    monkeypatch.setitem(mapping, "grouped_mm", zeros_forward)  # a wrong one is not timed, and the others go on
+    assert script["main"]() == 0
+    wrong = {row.provider: row for row in select(read_rows(output), BenchmarkRow)}["transformers_grouped_mm"]
+    assert (wrong.status, wrong.p50_ms) == ("wrong", None)
+    assert "off by" in wrong.reason
+    assert "wrong" in capsys.readouterr().out
+
+
+def test_the_example_of_the_page_runs(capsys):
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "huggingface.md").read_text(), re.DOTALL)
+    exec(compile(block, "docs/huggingface.md", "exec"), {})
+    assert "2 of 2 modules with experts are served" in capsys.readouterr().out

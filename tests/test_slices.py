@@ -1,0 +1,641 @@
+"""Slices: what policies promise, who is evicted, refused calls that change nothing, costs, and plans in files."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_gpu import gpu_slice_manager
+from moe_gpu.gpu_slice_manager import AdvancedGPUSliceManager, GPUSliceOptimizer
+from moe_gpu.profiler import ExpertProfiler
+from moe_gpu.results import Machine
+from moe_gpu.slices.costs import CostPoint, CostTable, CostTableError, cache_path, cached_costs
+from moe_gpu.slices.device import KNOWN_DEVICES, DeviceDescription, described_device
+from moe_gpu.slices.forecast import LoadForecaster
+from moe_gpu.slices.plan import (
+    BackendUnavailableError,
+    ExpertAllocation,
+    PlanError,
+    SliceError,
+    SlicePlan,
+    SliceUnavailableError,
+)
+from moe_gpu.slices.policies import (
+    EXPLORE,
+    LoadProfile,
+    Setting,
+    SliceAllocationPolicy,
+    TenantLoad,
+    choose_plan,
+    plan_dynamic,
+    plan_proportional,
+    pressure,
+    share_out,
+)
+
+H200 = described_device("H200")
+POLICIES = list(SliceAllocationPolicy)
+STATIC, DYNAMIC, PROPORTIONAL, ADAPTIVE = POLICIES
+MACHINE = Machine("NVIDIA H200", "cuda", "3.12", "2.11", "Linux", "2026-11-24", compute_capability="9.0", num_sms=132)
+
+
+def synthetic_costs(launch_ms: float = 0.01, slowdown: float = 1.05, floor: float = 0.05, scale: float = 0.9):
+    """Costs that no device has: a floor, weights that need few SMs, and products that need many."""
+    points = [
+        CostPoint(experts, rows, sms, floor + experts * 0.02 / min(sms, 48) + rows * 2e-3 / sms**scale)
+        for experts in (1, 8, 64)
+        for rows in (1, 64, 4096, 65536)
+        for sms in (8, 16, 32, 64, 96, 132)
+    ]
+    return CostTable(MACHINE, "synthetic", "bfloat16", "green_context", tuple(points), slowdown, launch_ms)
+
+
+def profile_of(rows, *, priorities=None, utilization=None, required=None) -> LoadProfile:
+    count = len(rows)
+    priorities, required = priorities or [0] * count, required or [1] * count
+    utilization = utilization or [None] * count
+    return LoadProfile(
+        tuple(
+            TenantLoad(ExpertAllocation(index, required[index], priorities[index], (index,)), row, 1.0, busy)
+            for index, (row, busy) in enumerate(zip(rows, utilization, strict=True))
+        )
+    )
+
+
+@pytest.fixture(autouse=True)
+def no_costs_of_the_user(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOE_GPU_CACHE", str(tmp_path / "cache"))
+
+
+LOADS = st.lists(st.floats(0, 1e6), min_size=1, max_size=8)
+DEVICES = st.sampled_from(sorted(KNOWN_DEVICES))
+BACKENDS = st.sampled_from(["cta", "green_context"])
+
+
+# Sharing out
+
+
+@given(LOADS, st.integers(8, 132))
+def test_shares_are_whole_complete_and_starve_nobody(weights, total):
+    units = share_out(weights, total)
+    assert sum(units) == total
+    assert min(units) >= 1
+
+
+@given(LOADS, st.integers(8, 132), st.integers(0, 7), st.floats(0, 1e6))
+def test_more_weight_never_gives_fewer_units(weights, total, which, more):
+    which %= len(weights)
+    heavier = list(weights)
+    heavier[which] += more
+    if sum(weights) > 0:
+        assert share_out(heavier, total)[which] >= share_out(weights, total)[which]
+
+
+@given(LOADS, st.integers(8, 132), st.lists(st.integers(-3, 3), min_size=8, max_size=8))
+def test_a_heavier_or_higher_ranked_equal_never_has_fewer_units(weights, total, ranks):
+    ranks = ranks[: len(weights)]
+    units = share_out(weights, total, 1, ranks)
+    for a, (weight_a, rank_a) in enumerate(zip(weights, ranks, strict=True)):
+        for b, (weight_b, rank_b) in enumerate(zip(weights, ranks, strict=True)):
+            if weight_a > weight_b or (weight_a == weight_b and rank_a > rank_b):
+                assert units[a] >= units[b]
+
+
+@given(st.lists(st.floats(1, 1000), min_size=1, max_size=8), st.integers(64, 132))
+def test_shares_lie_within_one_unit_of_the_exact_share(weights, total):
+    exact = [weight / sum(weights) * total for weight in weights]
+    units = share_out(weights, total)
+    if min(exact) >= 1:
+        assert all(abs(unit - share) < 1 for unit, share in zip(units, exact, strict=True))
+
+
+def test_too_many_for_the_smallest_is_refused():
+    with pytest.raises(SliceError, match="5 slices of at least 2 units exceed 9 units"):
+        share_out([1] * 5, 9, 2)
+
+
+# Every policy
+
+
+@given(
+    LOADS,
+    DEVICES,
+    BACKENDS,
+    st.sampled_from(POLICIES),
+    st.lists(st.floats(0, 1), min_size=8, max_size=8),
+    st.floats(0, 1, exclude_max=True),
+)
+@settings(max_examples=200, deadline=None)
+def test_every_plan_fits_the_device(rows, name, backend, policy, utilization, draw):
+    device = KNOWN_DEVICES[name]
+    setting = Setting(device, backend, 8)
+    costs = replace(synthetic_costs(), backend=backend)
+    profile = profile_of(rows, utilization=utilization[: len(rows)])
+    plan = None
+    for _ in range(3):
+        plan = choose_plan(policy, profile, setting, plan, costs, {}, draw).plan
+        plan.check(device)
+        smallest, step = device.limits(backend)
+        if plan.sliced:
+            assert sum(plan.sms) <= device.num_sms
+            assert all(sms >= smallest and sms % step == 0 for sms in plan.sms)
+            assert [item.tenant for item in plan.slices] == list(range(len(rows)))
+        else:
+            assert plan.sms == (device.num_sms,)
+
+
+def test_policies_are_pure():
+    profile, setting = profile_of([5, 1, 1], utilization=[0.9, 0.1, 0.6]), Setting(H200, "green_context", 8)
+    for policy in POLICIES:
+        first = choose_plan(policy, profile, setting, None, synthetic_costs(), {}, 0.5)
+        assert choose_plan(policy, profile, setting, None, synthetic_costs(), {}, 0.5) == first
+
+
+def test_static_gives_what_was_asked_for_whatever_the_load():
+    setting = Setting(H200, "green_context", 8)
+    for rows in ([1, 1000], [1000, 1], [None, None]):
+        assert choose_plan(STATIC, profile_of(rows, required=[3, 1]), setting).plan.sms == (48, 16)
+
+
+def test_proportional_follows_the_load_in_whole_steps():
+    plan = plan_proportional(profile_of([3, 1]), Setting(H200, "green_context", 8))
+    assert plan.sms == (96, 32)
+    assert plan_proportional(profile_of([3, 1]), Setting(H200, "cta", 8)).sms == (99, 33)
+    assert pressure(plan, profile_of([3, 1])) == pytest.approx(0.75 * 132 / 96)
+
+
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=8), st.integers(0, 7), st.floats(0, 1))
+def test_dynamic_never_takes_from_who_became_busier(utilization, which, more):
+    which %= len(utilization)
+    setting = Setting(H200, "green_context", 8)
+    begun = plan_dynamic(profile_of([1] * len(utilization)), setting, None)
+    busier = list(utilization)
+    busier[which] = max(busier[which], more)
+    rows = [1] * len(utilization)
+    before = plan_dynamic(profile_of(rows, utilization=utilization), setting, begun)
+    after = plan_dynamic(profile_of(rows, utilization=busier), setting, begun)
+    assert after.sms[which] >= before.sms[which]
+    assert sum(after.sms) == sum(begun.sms)
+
+
+def test_dynamic_moves_one_step_from_the_idlest_to_the_busiest_and_says_so():
+    setting = Setting(H200, "green_context", 4)
+    begun = plan_dynamic(profile_of([1] * 4), setting, None)
+    assert begun.sms == (32,) * 4
+    moved = plan_dynamic(profile_of([1] * 4, utilization=[0.2, 0.1, 0.95, 0.6]), setting, begun)
+    assert moved.sms == (32, 24, 40, 32)
+    assert moved.reason == "8 SMs from 1 to 2"
+    unknown = plan_dynamic(profile_of([1] * 4, utilization=[0.2, None, 0.5, 0.6]), setting, begun)
+    assert unknown.sms == begun.sms
+    assert "not known" in unknown.reason
+
+
+# ADAPTIVE
+
+
+def test_without_costs_adaptive_does_not_slice_and_says_why():
+    setting = Setting(H200, "green_context", 8)
+    for costs, said in [(None, "moe-gpu slices bench"), (replace(synthetic_costs(), backend="cta"), "are of cta")]:
+        choice = choose_plan(ADAPTIVE, profile_of([3, 1]), setting, costs=costs)
+        assert not choice.plan.sliced
+        assert said in choice.plan.reason
+    beyond = choose_plan(ADAPTIVE, profile_of([1e6, 1]), setting, costs=synthetic_costs())
+    assert "do not cover" in beyond.plan.reason
+
+
+def test_costs_left_by_the_benchmark_are_found_by_adaptive_alone():
+    assert AdvancedGPUSliceManager(8, ADAPTIVE, H200).costs is None
+    synthetic_costs().save(cache_path("NVIDIA H200"))
+    assert AdvancedGPUSliceManager(8, ADAPTIVE, H200).costs == synthetic_costs()
+    assert AdvancedGPUSliceManager(8, STATIC, H200).costs is None
+    cache_path("NVIDIA H200").write_text("{")
+    with pytest.raises(CostTableError, match="damaged"):
+        AdvancedGPUSliceManager(8, ADAPTIVE, H200)
+
+
+def run_policies(costs, loads, policies=POLICIES, seed=0):
+    """Time of every window under every policy, by the costs of the load that really came; and the managers."""
+    managers = {
+        policy: AdvancedGPUSliceManager(8, policy, H200, "green_context", costs=costs, seed=seed) for policy in policies
+    }
+    times = {policy: [] for policy in [*policies, "not sliced"]}
+    for manager in managers.values():
+        for tenant in range(len(loads[0])):
+            manager.allocate_slices(tenant)
+    for rows in loads:
+        work = [(float(row > 0), row) for row in rows]
+        for policy, manager in managers.items():
+            times[policy].append(time_of(manager.plan, work, costs))
+            peak = max(costs.time_ms(*item, sms) for item, sms in zip(work, STATIC_SMS, strict=False)) or 1
+            for tenant, item in enumerate(work):
+                share = costs.time_ms(*item, 16) / peak
+                manager.update_slice_utilization(tenant, min(1.0, share))
+            manager.optimize_allocations(rows)
+        times["not sliced"].append(costs.time_ms(sum(item[0] for item in work), sum(rows), 132))
+    return times, managers
+
+
+STATIC_SMS = (16,) * 8
+
+
+def time_of(plan, work, costs):
+    if not plan.sliced:
+        return costs.time_ms(sum(item[0] for item in work), sum(item[1] for item in work), plan.num_sms)
+    return costs.sliced_ms([(*item, sms) for item, sms in zip(work, plan.sms, strict=True)])
+
+
+@given(
+    st.lists(st.integers(1, 8000), min_size=2, max_size=8),
+    st.floats(0.0, 0.2),
+    st.floats(1.0, 1.5),
+    st.floats(0.01, 0.5),
+    st.floats(0.2, 1.0),
+    st.integers(0, 99),
+)
+@settings(max_examples=25, deadline=None)
+def test_adaptive_is_never_worse_than_the_best_by_more_than_its_margin_and_exploration(
+    rows, launch_ms, slowdown, floor, scale, seed
+):
+    costs = synthetic_costs(launch_ms, slowdown, floor, scale)
+    times, managers = run_policies(costs, [rows] * 16, seed=seed)
+    log = list(managers[ADAPTIVE].log)[-16:]
+    settled = [index for index in range(2, 16) if not log[index - 1].explored]
+    adaptive = sum(times[ADAPTIVE][index] for index in settled)
+    for other in (STATIC, PROPORTIONAL, "not sliced"):
+        best = sum(times[other][index] for index in settled)
+        assert adaptive <= best * (1 + gpu_slice_manager.MIN_PREDICTED_GAIN) + 1e-9, other
+
+
+def test_adaptive_follows_a_shifting_load_within_two_percent_of_the_best():
+    costs = synthetic_costs(launch_ms=0.0, slowdown=1.0, floor=0.01)
+    loads = []
+    for window in range(120):
+        heavy = (window // 40) % 3
+        loads.append([6000 if tenant == heavy else 300 for tenant in range(4)])
+    times, managers = run_policies(costs, loads)
+    totals = {name: sum(values[1:]) for name, values in times.items()}
+    explored = [entry for entry in managers[ADAPTIVE].log if entry.explored]
+    best = min(value for name, value in totals.items() if name is not ADAPTIVE)
+    cost_of_exploring = len(explored) * max(times[STATIC])
+    assert totals[ADAPTIVE] <= best * 1.02 + cost_of_exploring
+    assert 0 < len(explored) <= 3 * EXPLORE * 120
+    assert totals[ADAPTIVE] < totals[STATIC]
+
+
+def test_measured_times_correct_the_predictions():
+    costs = synthetic_costs(launch_ms=0.0, slowdown=1.0, floor=0.01)
+    manager = AdvancedGPUSliceManager(8, ADAPTIVE, H200, "green_context", costs=costs, seed=1)
+    for tenant in range(3):
+        manager.allocate_slices(tenant)
+    manager.optimize_allocations([4000, 3000, 2000])
+    chosen = manager.plan
+    predicted = manager.log[-1].predicted_ms[chosen.rule]
+    for _ in range(20):
+        manager.record_time(predicted * 100)
+    manager.optimize_allocations([4000, 3000, 2000])
+    assert manager.plan.rule != chosen.rule
+    with pytest.raises(SliceError, match="time_ms=0"):
+        manager.record_time(0)
+
+
+def test_exploration_is_rare_and_seeded():
+    costs = synthetic_costs()
+    logs = []
+    for seed in (3, 3, 4):
+        _, managers = run_policies(costs, [[500, 100]] * 100, [ADAPTIVE], seed=seed)
+        logs.append([entry.explored for entry in managers[ADAPTIVE].log])
+    assert logs[0] == logs[1] != logs[2]
+    assert sum(logs[0]) <= 10
+
+
+def test_forecasts_learn_a_trend_that_an_average_lags_behind():
+    forecaster = LoadForecaster()
+    assert forecaster.forecast() is None
+    for window in range(30):
+        forecaster.observe({0: 100 + 20 * window, 1: 900 - 20 * window})
+    assert forecaster.method == "ridge"
+    forecast = forecaster.forecast()
+    assert forecast[0] == pytest.approx(100 + 20 * 30, rel=0.05)
+    assert sum(forecast.values()) == pytest.approx(1000)
+    before = dict(forecast)
+    forecaster.observe({0: 0, 1: 0})
+    assert forecaster.forecast() == before
+
+
+# Costs
+
+
+def test_costs_interpolate_and_never_extrapolate():
+    costs = synthetic_costs()
+    measured = {(point.experts, point.rows, point.sms): point.time_ms for point in costs.points}
+    assert costs.time_ms(8, 64, 32) == pytest.approx(measured[8, 64, 32])
+    between = costs.time_ms(8, 64, 48)
+    assert costs.time_ms(8, 64, 64) < between < costs.time_ms(8, 64, 32)
+    assert costs.time_ms(0, 0, 32) == 0
+    assert costs.time_ms(0.5, 0.5, 32) == costs.time_ms(1, 1, 32)
+    for beyond in ((65, 64, 32), (8, 65537, 32), (8, 64, 7), (8, 64, 133)):
+        assert costs.time_ms(*beyond) is None
+    assert costs.sliced_ms([(8, 64, 32), (8, 64, 7)]) is None
+
+
+def test_slices_beside_each_other_cost_the_slowest_slowed_and_launched():
+    costs = synthetic_costs(launch_ms=0.5, slowdown=2.0)
+    slow, quick = (8, 4096, 16), (8, 64, 64)
+    assert costs.sliced_ms([slow, quick, quick]) == pytest.approx(2 * costs.time_ms(*slow) + 2 * 0.5)
+    assert costs.sliced_ms([slow, (0, 0, 64)]) == pytest.approx(costs.time_ms(*slow)), "an idle neighbour costs nothing"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda v: v["machine"].update(device="NVIDIA A100"), "are of NVIDIA A100, this is NVIDIA H200"),
+        (lambda v: v.update(schema=2), "schema is 2"),
+        (lambda v: v["points"].pop(), "do not fill a grid"),
+        (lambda v: v["points"][0].update(time_ms=-1), "not a positive number"),
+        (lambda v: v["points"][0].update(sms=0), "do not fill a grid|size below 1"),
+        (lambda v: v.update(points=[]), "not a positive number, or none"),
+        (lambda v: v.update(mood=1), "damaged"),
+        (lambda v: v.pop("slowdown"), "damaged"),
+        (lambda v: v.update(points="fast"), "damaged"),
+    ],
+    ids=str,
+)
+def test_a_damaged_or_foreign_table_is_refused_by_name(change, said, tmp_path, monkeypatch):
+    monkeypatch.setenv("MOE_GPU_CACHE", str(tmp_path))
+    path = cache_path("NVIDIA H200")
+    assert cached_costs("NVIDIA H200") is None
+    synthetic_costs().save(path)
+    assert cached_costs("NVIDIA H200") == synthetic_costs()
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+    with pytest.raises(CostTableError, match=said) as refused:
+        cached_costs("NVIDIA H200")
+    assert str(path) in str(refused.value)
+    assert "moe-gpu slices bench" in str(refused.value)
+
+
+# The manager
+
+
+def state(manager):
+    return (
+        manager.plan,
+        manager.allocations,
+        manager.reallocations,
+        manager.evictions,
+        list(manager.log),
+        manager.get_stats(),
+    )
+
+
+def test_slices_are_given_back_evicted_by_priority_and_counted():
+    manager = AdvancedGPUSliceManager(8, STATIC, H200, "green_context")
+    manager.allocate_slices(0, 3, priority=1)
+    manager.allocate_slices(1, 3, priority=0)
+    manager.allocate_slices(2, 2, priority=0)
+    manager.update_slice_utilization(1, 0.9)
+    manager.update_slice_utilization(2, 0.2)
+    assert manager.free_slices == 0
+    assert [item.asked_sms for item in manager.slices] == [48, 48, 32]
+    manager.allocate_slices(3, 2, priority=5)
+    assert [held.expert_id for held in manager.allocations] == [0, 1, 3], "the least busy of the lowest priority went"
+    assert manager.release_slices(0) == 3
+    stats = manager.get_stats()
+    assert (stats["evictions"], stats["free_slices"], stats["simulated"]) == (1, 3, True)
+    assert [item["got_sms"] for item in stats["slices"]] == [None, None]
+    assert not any(item["enforced"] for item in stats["slices"])
+    assert "evicting 2" in manager.log[-2].reason
+    for tenant in (1, 3):
+        manager.release_slices(tenant)
+    assert not manager.plan.sliced
+
+
+def test_nobody_is_evicted_in_vain():
+    manager = AdvancedGPUSliceManager(4, STATIC, H200)
+    for tenant, size in enumerate((1, 1, 2)):
+        manager.allocate_slices(tenant, size, priority=tenant)
+    manager.allocate_slices(9, 2, priority=9)
+    assert [held.expert_id for held in manager.allocations] == [2, 9]
+    manager = AdvancedGPUSliceManager(4, STATIC, H200)
+    for tenant, size in enumerate((1, 3)):
+        manager.allocate_slices(tenant, size, priority=tenant)
+    manager.allocate_slices(9, 3, priority=9)
+    assert [held.expert_id for held in manager.allocations] == [0, 9], "the first was not needed once the second went"
+
+
+BAD_CALLS = [
+    (lambda m: m.allocate_slices(7, 9), SliceError, "required_slices=9 exceeds total_slices=8"),
+    (lambda m: m.allocate_slices(7, 0), SliceError, "required_slices=0"),
+    (lambda m: m.allocate_slices(-1), SliceError, "from 0 on"),
+    (lambda m: m.allocate_slices(7, experts=[]), SliceError, "must name experts"),
+    (lambda m: m.allocate_slices(7, experts=[8, 8]), SliceError, "named twice"),
+    (lambda m: m.allocate_slices(7, experts=[7, 1]), SliceError, "already belongs to 1"),
+    (lambda m: m.allocate_slices(0), SliceError, "already holds 4"),
+    (lambda m: m.allocate_slices(7, 8, priority=3), SliceUnavailableError, "8 of the 8 slices are missing and 4 are"),
+    (lambda m: m.allocate_slices(7, 1, priority=0), SliceUnavailableError, "priority below 0"),
+    (lambda m: m.release_slices(7), SliceError, "these do: 0, 1"),
+    (lambda m: m.update_slice_utilization(7, 0.5), SliceError, "holds no slice"),
+    (lambda m: m.update_slice_utilization(0, 1.5), SliceError, "between 0 and 1"),
+    (lambda m: m.optimize_allocations([1.0]), SliceError, "expert 1 holds a slice"),
+    (lambda m: m.optimize_allocations([1.0, -1.0]), SliceError, "below 0"),
+    (lambda m: m.apply_plan(replace(m.plan, device="NVIDIA A100")), PlanError, "the plan is of NVIDIA A100"),
+    (lambda m: m.apply_plan(replace(m.plan, backend="cta")), PlanError, "this manager's backend"),
+    (lambda m: m.apply_plan(replace(m.plan, slices=m.plan.slices[:1])), PlanError, "allocate them first"),
+    (lambda m: m.budget(7), SliceError, "holds no slice"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "said"), BAD_CALLS, ids=[said for _, _, said in BAD_CALLS])
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.value)
+def test_a_refused_call_says_why_and_changes_nothing(call, error, said, policy):
+    manager = AdvancedGPUSliceManager(8, policy, H200, "green_context", costs=synthetic_costs())
+    manager.allocate_slices(0, 4, priority=1)
+    manager.allocate_slices(1, 4, priority=3)
+    before = state(manager)
+    with pytest.raises(error, match=said) as refused:
+        call(manager)
+    assert "\n" not in str(refused.value)
+    assert state(manager) == before
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_any_sequence_of_calls_keeps_the_promises(data):
+    policy = data.draw(st.sampled_from(POLICIES))
+    manager = AdvancedGPUSliceManager(8, policy, H200, data.draw(BACKENDS), seed=1)
+    for _ in range(data.draw(st.integers(1, 25))):
+        before, held = state(manager), {item.expert_id: item for item in manager.allocations}
+        call = data.draw(st.sampled_from(["allocate", "release", "busy", "optimise"]))
+        tenant, priority = data.draw(st.integers(0, 9)), data.draw(st.integers(-2, 2))
+        try:
+            if call == "allocate":
+                manager.allocate_slices(tenant, data.draw(st.integers(1, 9)), priority)
+            elif call == "release":
+                manager.release_slices(tenant)
+            elif call == "busy":
+                manager.update_slice_utilization(tenant, data.draw(st.floats(0, 1)))
+            else:
+                manager.optimize_allocations(data.draw(st.lists(st.floats(0, 1e4), min_size=10, max_size=10)))
+        except SliceError:
+            assert state(manager) == before
+            continue
+        now = {item.expert_id: item for item in manager.allocations}
+        assert sum(item.required_slices for item in now.values()) <= 8
+        if call == "allocate":
+            assert all(held[gone].priority < priority for gone in set(held) - set(now))
+        manager.plan.check(H200)
+        if manager.plan.sliced:
+            assert [item.tenant for item in manager.slices] == list(now)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "said"),
+    [
+        (dict(total_slices=0), ValueError, "total_slices=0"),
+        (dict(total_slices=133), SliceError, "exceeds the 132 SMs"),
+        (dict(total_slices=17, backend="green_context"), SliceError, "smallest green_context slice of 8; use at most"),
+        (dict(policy="fair"), ValueError, "policy='fair' must be a SliceAllocationPolicy, one of STATIC"),
+        (dict(device="NVIDIA Z9"), ValueError, "device='NVIDIA Z9' is not known"),
+        (dict(backend="rocket"), BackendUnavailableError, "backend='rocket' is not one of device, cta"),
+        (dict(backend="mig"), BackendUnavailableError, "moe-gpu slices mig"),
+        (dict(device="A100", costs=synthetic_costs()), SliceError, "costs are of NVIDIA H200"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_manager_that_cannot_be_is_refused(arguments, error, said):
+    with pytest.raises(error, match=said):
+        AdvancedGPUSliceManager(**{"device": "H200", **arguments})
+
+
+def test_a_policy_name_that_is_unknown_is_refused():
+    assert SliceAllocationPolicy.parse("Proportional") is PROPORTIONAL
+    with pytest.raises(ValueError, match="policy='fair' is not one of static, dynamic, proportional, adaptive"):
+        SliceAllocationPolicy.parse("fair")
+
+
+def test_a_plan_changes_only_for_a_gain_and_the_log_says_why():
+    manager = AdvancedGPUSliceManager(8, PROPORTIONAL, H200, "green_context")
+    for tenant in range(2):
+        manager.allocate_slices(tenant, 4)
+    assert manager.optimize_allocations([70, 30]).changed
+    assert manager.plan.sms == (88, 40)
+    small = manager.optimize_allocations([65, 35])
+    assert not small.changed
+    assert "would even the load by" in small.reason
+    assert manager.optimize_allocations([30, 70]).changed
+    assert manager.reallocations == 2
+    assert [entry.changed for entry in manager.log][-3:] == [True, False, True]
+
+
+def test_work_inside_no_slice_is_told():
+    manager = AdvancedGPUSliceManager(8, PROPORTIONAL, H200)
+    manager.allocate_slices(0, experts=(0, 1))
+    manager.optimize_allocations([10, 20, 30, 40])
+    assert manager.get_stats()["unassigned_load_share"] == pytest.approx(0.7)
+
+
+def test_on_a_described_device_work_runs_unsliced_with_its_budget():
+    manager = AdvancedGPUSliceManager(8, STATIC, H200)
+    manager.allocate_slices(5, 2)
+    with manager.enter(5) as run:
+        assert (run.sm_budget, run.stream) == (32, None)
+    manager.join()
+    manager.close()
+
+
+def test_the_optimiser_waits_for_its_interval_and_the_profiler(monkeypatch):
+    clock = type("Clock", (), {"now": 10.0})
+    monkeypatch.setattr("time.monotonic", lambda: clock.now)
+    profiler = ExpertProfiler(4, copy_interval_s=0.0)
+    manager = AdvancedGPUSliceManager(4, PROPORTIONAL, H200, "green_context")
+    for tenant in range(4):
+        manager.allocate_slices(tenant)
+    optimizer = GPUSliceOptimizer(manager, profiler, update_interval_s=2.0)
+    assert optimizer.step() is None
+    for _ in range(4):
+        clock.now += 0.5
+        profiler.record(torch.tensor([64, 16, 10, 10, 0], dtype=torch.int32))
+    decision = optimizer.step()
+    assert decision.changed
+    assert manager.plan.sms == (80, 16, 16, 16)
+    assert optimizer.step() is None
+    clock.now += 2.0
+    assert not optimizer.step().changed
+    for wrong in (dict(update_interval_s=-1), dict(layer=1)):
+        with pytest.raises(ValueError, match=r"must not be negative|outside the profiler"):
+            GPUSliceOptimizer(manager, profiler, **wrong)
+
+
+# Plans in files
+
+
+def test_a_plan_survives_its_file_without_what_the_device_gave(tmp_path):
+    manager = AdvancedGPUSliceManager(8, STATIC, H200, "green_context")
+    manager.allocate_slices(0, 3)
+    manager.plan = replace(manager.plan, slices=(replace(manager.plan.slices[0], got_sms=48, enforced=True),))
+    manager.plan.save(tmp_path / "plan.json")
+    loaded = SlicePlan.load(tmp_path / "plan.json")
+    assert loaded.sms == (48,)
+    assert loaded.slices[0].got_sms is None
+    assert not loaded.slices[0].enforced
+    loaded.check(H200)
+    manager.apply_plan(loaded)
+    for device, said in [
+        (described_device("A100"), "is of NVIDIA H200, this is NVIDIA A100"),
+        (replace(H200, num_sms=114), "is for 132 SMs, NVIDIA H200 has 114"),
+    ]:
+        with pytest.raises(PlanError, match=said):
+            loaded.check(device)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda plan: plan["slices"][0].update(asked_sms=140), "140 SMs, NVIDIA H200 has 132"),
+        (lambda plan: plan["slices"][0].update(asked_sms=4), "below the smallest green_context slice"),
+        (lambda plan: plan["slices"][0].update(asked_sms=20), "no multiple of 8"),
+        (lambda plan: plan.update(backend="rocket"), "backend='rocket'"),
+        (lambda plan: plan.update(slices=[]), "no slice"),
+        (lambda plan: plan["slices"][0].update(asked_sms="many"), "damaged"),
+        (lambda plan: plan["slices"][0].pop("tenant"), "damaged"),
+        (lambda plan: plan.update(mood=1), "damaged"),
+        (lambda plan: plan.update(schema=7), "schema 7"),
+    ],
+    ids=str,
+)
+def test_a_damaged_plan_is_refused(change, said, tmp_path):
+    manager = AdvancedGPUSliceManager(8, STATIC, H200, "green_context")
+    manager.allocate_slices(0, 3)
+    path = tmp_path / "plan.json"
+    manager.plan.save(path)
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+    with pytest.raises(SliceError, match=said) as refused:
+        SlicePlan.load(path).check(H200)
+    assert "\n" not in str(refused.value)
+
+
+def test_random_bytes_are_no_plan(tmp_path):
+    path = tmp_path / "plan.json"
+    with pytest.raises(PlanError, match="No such file"):
+        SlicePlan.load(path)
+    path.write_bytes(random.Random(0).randbytes(100))
+    with pytest.raises(PlanError, match="not JSON"):
+        SlicePlan.load(path)
+
+
+def test_a_part_of_a_name_is_enough_if_only_one_device_has_it():
+    assert described_device("h100").num_sms == 132
+    for name in ("NVIDIA", "", "T4"):
+        with pytest.raises(ValueError, match="is not known"):
+            described_device(name)
+    with pytest.raises(ValueError, match="num_sms=0"):
+        DeviceDescription("x", 0, (9, 0), 1)
