@@ -24,7 +24,7 @@ from moe_gpu.benchmark.timing import attempt
 from moe_gpu.results import BenchmarkRow, Row, TrainingRow, describe_machine, select, writable_directory, write_rows
 from moe_gpu.training import TrainConfig, load_checkpoint, train
 
-LARGE = {"model_dim": 2048, "hidden_dim": 768, "num_layers": 4, "num_heads": 16, "num_experts": 64, "top_k": 8}
+LARGE = {"model_dim": 1024, "hidden_dim": 768, "num_layers": 4, "num_heads": 16, "num_experts": 32, "top_k": 8}
 LARGE |= {"context": 1024, "batch_size": 32, "accumulation_steps": 4, "steps": 20, "learning_rate": 3e-4}
 TINY = {"model_dim": 32, "hidden_dim": 32, "num_layers": 2, "num_heads": 2, "num_experts": 4, "top_k": 2}
 TINY |= {"context": 32, "batch_size": 4, "accumulation_steps": 4, "steps": 20}
