@@ -84,11 +84,13 @@ def test_accumulated_training_has_the_same_losses(tmp_path):
     assert parted.eval_loss == pytest.approx(whole.eval_loss, abs=5e-3)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_recomputed_blocks_change_nothing_and_count_once(dtype):
+@pytest.mark.parametrize(("dtype", "early_stop"), [("fp32", False), ("bf16", True)])
+def test_recomputed_blocks_change_nothing_and_count_once(dtype, early_stop):
+    """Also where the second pass runs to its end, past the profiler, instead of stopping at the last saved tensor."""
     config = replace(TINY, dtype=dtype)
     losses, expected, kept = gradients(config)
-    recomputed_losses, found, model = gradients(replace(config, gradient_checkpointing=True))
+    with torch.utils.checkpoint.set_checkpoint_early_stop(early_stop):
+        recomputed_losses, found, model = gradients(replace(config, gradient_checkpointing=True))
     assert torch.equal(losses, recomputed_losses)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     kept.profiler.flush()
@@ -170,6 +172,8 @@ def test_bpe_gives_back_every_character_and_is_the_same_each_time(book):
     assert tokenizer.decode(tokens.tolist()).encode() == content
     assert tokens.numel() < len(content) / 2
     assert tokenizer.decode(tokenizer.encode("never seen: Ω\x00".encode()).tolist()) == "never seen: Ω\x00"
+    long = content * 5 + b"no end of line " * 9000  # encoded in pieces
+    assert tokenizer.decode(tokenizer.encode(long).tolist()).encode() == long
     loaded = BPETokenizer.from_json(tokenizer.to_json())
     assert torch.equal(loaded.encode(content), tokens)
     with pytest.raises(ValueError, match="not a tokenizer"):
