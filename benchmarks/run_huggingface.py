@@ -68,7 +68,7 @@ FULL = Scale(
     dict(vocab_size=151936, num_attention_heads=32, num_key_value_heads=4, head_dim=128, intermediate_size=6144),
     training=(4096,),
     forward=(512, 4096, 16384),
-    decode=(1, 8, 64),
+    decode=(1, 64, 8),
     budget_s=1.0,
 )
 QUICK = Scale(

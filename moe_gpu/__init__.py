@@ -9,10 +9,20 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "config": ("Activation", "MoEConfig", "PRESETS", "RouterConfig"),
+    "energy_model": ("EnergyModel", "EnergyReport"),
+    "energy_monitor": (
+        "EnergyMonitor",
+        "EnergyUnavailableError",
+        "PerformanceComparator",
+        "PowerSampler",
+        "measure_energy",
+        "select_sm_slice",
+    ),
     "gpu_slice_manager": ("AdvancedGPUSliceManager", "GPUSliceOptimizer"),
     "model": ("AdvancedMoELayer", "Expert", "MoELayer", "MoEStats"),
     "profiler": ("ExpertProfiler", "ExpertSnapshot", "RoutingTrace"),
     "reference": ("ExpertWeights", "Routing"),
+    "results": ("EnergyMeasurement",),
     "slices.costs": ("CostTable",),
     "slices.device": ("DeviceDescription",),
     "slices.mig": ("MIGManager",),
@@ -28,11 +38,21 @@ __all__ = sorted(_HOME_OF)
 if TYPE_CHECKING:
     from moe_gpu.benchmark import MoEBenchmark, run_full_benchmark, run_quick_benchmark
     from moe_gpu.config import PRESETS, Activation, MoEConfig, RouterConfig
+    from moe_gpu.energy_model import EnergyModel, EnergyReport
+    from moe_gpu.energy_monitor import (
+        EnergyMonitor,
+        EnergyUnavailableError,
+        PerformanceComparator,
+        PowerSampler,
+        measure_energy,
+        select_sm_slice,
+    )
     from moe_gpu.gpu_slice_manager import AdvancedGPUSliceManager, GPUSliceOptimizer
     from moe_gpu.huggingface import CoverageReport, disable, enable
     from moe_gpu.model import AdvancedMoELayer, Expert, MoELayer, MoEStats
     from moe_gpu.profiler import ExpertProfiler, ExpertSnapshot, RoutingTrace
     from moe_gpu.reference import ExpertWeights, Routing
+    from moe_gpu.results import EnergyMeasurement
     from moe_gpu.slices.costs import CostTable
     from moe_gpu.slices.device import DeviceDescription
     from moe_gpu.slices.mig import MIGManager

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from moe_gpu.config import ACTIVATIONS, MoEConfig
+from moe_gpu.energy_work import LayerWork, ProductWork
 from moe_gpu.slices.device import KNOWN_DEVICES
 from moe_gpu.triton_kernels.ops import choose_backend
 from moe_gpu.triton_kernels.tuning import (
@@ -258,6 +259,78 @@ def _programs(kind: str, tile: GemmConfig | HopperConfig, rows: int, c: MoEConfi
         columns = c.hidden_dim if kind == "up" else n
         tiles = (cdiv(rows, tile.block_m) + min(c.num_experts, rows)) * cdiv(columns, tile.block_n)
     return max(1, min(tiles, sms * tile.programs_per_sm))
+
+
+def layer_work(
+    gpu: Gpu | None,
+    config: MoEConfig,
+    num_tokens: int,
+    dtype: torch.dtype,
+    mode: str = "forward",
+    sm_budget: int | None = None,
+) -> LayerWork:
+    """What a call of a layer executes, padded to the tiles that serve it; `forward` is inference.
+
+    gpu: None for plain PyTorch, whose tiles are not known: its rows are counted without padding. Raises ValueError for
+    experts of depth 2, whose middle product has no tile here, and for a mode that is neither forward nor
+    forward+backward.
+    """
+    c = config
+    if c.depth != 1:
+        raise ValueError(f"depth={c.depth}: the work of experts of depth 1 alone is known")
+    if mode not in ("forward", "forward+backward"):
+        raise ValueError(f"mode={mode!r} is not one of forward, forward+backward")
+    steps = {} if gpu is None else {e.step: e for e in explain_layer(gpu, c, num_tokens, dtype, sm_budget)}
+    training = mode == "forward+backward"
+    products = []
+    for product in layer_products(c)[: None if training else 2]:
+        kind = product.kind
+        step = steps.get(f"{kind} (inference)") if not training else None
+        if kind.startswith("grad_w"):
+            kind = next((k for k in ("grad_w", kind) if f"{k} ({product.weights})" in steps), kind)
+            step = steps.get(f"{kind} ({product.weights})")
+        step = step or steps.get(kind)
+        elements = _elements_per_row(kind, product.weights, c, training, step)
+        every_expert = kind.startswith("grad_w")
+        products.append(ProductWork(kind, product.n, product.k, _row_tile(kind, step), elements, every_expert))
+    element = dtype.itemsize
+    passes = 3 if training else 1
+    combined = (c.top_k + 1) * (c.expert_dim + (c.input_dim if training else 0))
+    return LayerWork(
+        num_experts=c.num_experts,
+        top_k=c.top_k,
+        dtype=str(dtype).removeprefix("torch."),
+        element_bytes=element,
+        products=tuple(products),
+        shared_flops_per_token=passes * 2.0 * c.input_dim * c.num_experts,
+        shared_bytes_per_token=element * (passes * (c.input_dim + c.num_experts) + combined) + 16.0 * c.top_k,
+        shared_bytes_per_call=float(passes * element * c.num_experts * c.input_dim),
+    )
+
+
+def _row_tile(kind: str, step: Explanation | None) -> int:
+    """The multiple to which rows of an expert are padded; 1 where no tile is known."""
+    if step is None or step.tile is None:
+        return 1
+    if step.path == "gluon":  # TILE_M and TILE_K of hopper_common.py, which needs Triton's Gluon
+        return 64 if kind.startswith("grad_w") else 128
+    return step.tile["block_m"]
+
+
+def _elements_per_row(kind: str, weights: str, c: MoEConfig, training: bool, step: Explanation | None) -> float:
+    """Activations that a routed row makes a product read and write; a gathered row is read once a token."""
+    if kind == "up":
+        return c.input_dim / c.top_k + c.hidden_dim + (c.up_rows if training else 0)
+    if kind == "down":
+        wide = step is not None and step.path == "decode"  # writes float32
+        return c.hidden_dim + c.expert_dim * (2 if wide else 1)
+    if kind == "grad_act":
+        return c.expert_dim / c.top_k + 2 * c.up_rows + c.hidden_dim
+    if kind == "grad_x":
+        return c.up_rows + c.input_dim
+    gathered, other = (c.expert_dim, c.hidden_dim) if weights == "down" else (c.input_dim, c.up_rows)
+    copied = 2 * gathered if kind == "grad_w" else 0  # gathered into order first, then read again
+    return gathered / c.top_k + copied + other
 
 
 def print_explanations(gpu: Gpu, title: str, explanations: list[Explanation]) -> None:

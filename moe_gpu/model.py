@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from moe_gpu.config import MoEConfig, RouterConfig, validate_expert
+from moe_gpu.energy_work import LayerWork
+from moe_gpu.layer_energy import LayerEnergy, feature_reason, work_of
 from moe_gpu.profiler import AsyncCopy, ExpertProfiler
 from moe_gpu.reference import (
     ExpertWeights,
@@ -286,6 +288,7 @@ class AdvancedMoELayer(_MoEBase):
         self.profiler = profiler
         self.layer_index = layer_index
         self.debug = debug
+        self._energy = LayerEnergy() if enable_energy_monitoring else None
         self._asked = {
             "cuda_graphs": (use_cuda_graphs, "no graph manager yet; capture the layer with torch.cuda.graph"),
             "slices": (
@@ -293,9 +296,10 @@ class AdvancedMoELayer(_MoEBase):
                 "no slice is held: a plan of AdvancedGPUSliceManager gives a layer one by layer.use_slice; policy "
                 f"{allocation_policy.name} does not divide the experts of one layer yet",
             ),
-            "energy": (enable_energy_monitoring, "no energy monitor yet"),
         }
-        for name, (asked, reason) in self._asked.items():
+        energy = self._energy_feature()
+        inactive = {**self._asked, "energy": (energy.asked and not energy.active, energy.reason)}
+        for name, (asked, reason) in inactive.items():
             if asked and name not in _ANNOUNCED:
                 _ANNOUNCED.add(name)
                 logger.info("AdvancedMoELayer: %s asked for and not active: %s", name, reason)
@@ -349,7 +353,13 @@ class AdvancedMoELayer(_MoEBase):
             features[name] = Feature(asked, False, reason)
         if self.slice is not None:
             features["slices"] = self._slice_feature(self.slice, backend.name)
+        features["energy"] = self._energy_feature()
         return features
+
+    def _energy_feature(self) -> Feature:
+        if self._energy is None:
+            return Feature(False, False, "enable_energy_monitoring=False")
+        return Feature(True, *feature_reason(self.gate_up_proj.device, self.gate_up_proj.dtype))
 
     @staticmethod
     def _slice_feature(held: GPUSlice, backend: str) -> Feature:
@@ -362,11 +372,28 @@ class AdvancedMoELayer(_MoEBase):
         return Feature(True, True, f"{kept}; nothing keeps other kernels off them")
 
     def get_performance_stats(self) -> dict[str, object]:
-        """Features and, with a profiler, its latest figures; reads only what has already reached the host."""
+        """Features, the profiler's latest figures if there is one, and the GPU's energy since the last call of this.
+
+        Reads only what has already reached the host, and the driver's energy counter.
+        """
+        energy = None
+        if self._energy is not None:
+            device, dtype = self.gate_up_proj.device, self.gate_up_proj.dtype
+            budget = self.ops.sm_budget
+            energy = self._energy.stats(self.config, device, dtype, self.profiler, self.layer_index, budget)
         return {
             "features": self.features,
             "experts": None if self.profiler is None else self.profiler.snapshot(self.layer_index),
+            "energy": energy,
         }
+
+    def energy_work(self, num_tokens: int, mode: str = "forward") -> LayerWork:
+        """What a call with so many tokens executes, for `EnergyModel.attribute`; `forward` is inference.
+
+        Raises ValueError for experts of depth 2 and for another mode than forward and forward+backward.
+        """
+        w = self.gate_up_proj
+        return work_of(w.device, self.config, num_tokens, w.dtype, mode, self.ops.sm_budget)
 
     def forward(self, x: torch.Tensor, router_logits_TE: torch.Tensor | None = None) -> tuple[torch.Tensor, MoEStats]:
         """`(output, stats)`; `router_logits_TE` replaces the router's own logits."""
@@ -387,5 +414,7 @@ class AdvancedMoELayer(_MoEBase):
             out_TO = out_TO + self.shared_expert(x_TH)
         if self.profiler is not None:
             self.profiler.record(routing.demand_P, self.layer_index)
+        if self._energy is not None and not torch.compiler.is_compiling():
+            self._energy.note(x_TH.shape[0])
         stats = MoEStats(routing, logits_TE, ops.backend_for(rows_TH.dtype).name)
         return out_TO.view(*x.shape[:-1], c.expert_dim), stats

@@ -1,7 +1,8 @@
 """Result rows: what was run on what, one JSON object a line. The only way numbers reach a plot, a table or a page.
 
 A file is a sequence of rows; `kind` says which: `machine` (once, first), `ceiling`, `benchmark`, `training`,
-`expert_load`, `tile`, `slice`. Unknown is None, never 0. Units stand in the names.
+`expert_load`, `tile`, `slice`, `energy`, `attribution`, `attribution_sum`, `finding`. Unknown is None, never 0. Units
+stand in the names.
 """
 
 from __future__ import annotations
@@ -16,11 +17,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import torch
-
-CACHE_VARIABLE = "MOE_GPU_CACHE"
 
 
 @dataclass(frozen=True)
@@ -105,6 +104,10 @@ class BenchmarkRow:
     max_error: float | None = None  # largest |out - float64 truth|
     allowed_error: float | None = None
     energy_j_per_token: float | None = None
+    energy_stderr_j_per_token: float | None = None
+    energy_quality: str | None = None  # as in EnergyMeasurement, the worst of the windows
+    gpu_util_pct: float | None = None  # share of the time in which a kernel ran, as the driver counts it
+    mem_util_pct: float | None = None
     sm_clock_mhz: float | None = None
     power_w: float | None = None
     device: str | None = None  # from here on as in the Machine row, so that a row can stand alone
@@ -186,10 +189,127 @@ class SliceRow:
     unit: str | None = None  # of `value`: "FLOP/s", "B/s", "background calls/s", "SMs", "ratio"
 
 
-Row = Machine | Ceiling | BenchmarkRow | TrainingRow | ExpertLoadRow | TileRow | SliceRow
-_KINDS: dict[str, Any] = {
-    cls.kind: cls for cls in (Machine, Ceiling, BenchmarkRow, TrainingRow, ExpertLoadRow, TileRow, SliceRow)
-}
+@dataclass(frozen=True)
+class EnergyMeasurement:
+    """The energy that a whole GPU took in one window; `energy_j` is None where it could not be measured.
+
+    quality: "ok"; "short" (fewer than 20 ticks), "contaminated" (clocks held down, or other processes on the GPU), both
+    joined by "+"; or "invalid", and `reason` says why. source: "counter", or "integrated" from power where the GPU has
+    no counter. scope: "gpu", or "parent_gpu" where a MIG device's GPU was read. stderr_j is of the readings' scatter;
+    the meter's own gain, up to 5 % a board, is not in it. net_energy_j is above the idle GPU's.
+    """
+
+    kind: ClassVar[str] = "energy"
+    run_id: str
+    window: str
+    duration_s: float
+    energy_j: float | None = None
+    stderr_j: float | None = None
+    idle_w: float | None = None
+    net_energy_j: float | None = None
+    tokens: int | None = None
+    joules_per_token: float | None = None
+    tokens_per_joule: float | None = None
+    sm_count: int | None = None
+    temp_start_c: float | None = None
+    temp_end_c: float | None = None
+    n_ticks: int = 0
+    source: str | None = None
+    scope: str | None = None
+    quality: str = "invalid"
+    driver: str | None = None
+    reason: str | None = None
+    calls: int | None = None
+    failed_reads: int = 0
+    gpu_util_pct: float | None = None
+    mem_util_pct: float | None = None
+    clocks_event_reasons: int | None = None  # every bit seen in the window
+    gpu_uuid: str | None = None
+
+
+@dataclass(frozen=True)
+class AttributionRow:
+    """What one expert of one layer is modelled to have taken of a window's energy; no meter sees it alone.
+
+    dynamic_j: as the calibration predicts; rescaled_j: the same, scaled so that all parts sum to the measured energy.
+    static_j: its share of what the GPU takes doing nothing. Rows and FLOPs are those executed, padding included.
+    """
+
+    kind: ClassVar[str] = "attribution"
+    run_id: str
+    layer: int
+    expert: int
+    tokens: float
+    padded_tokens: float
+    flops: float
+    hbm_bytes: float
+    dynamic_j: float
+    static_j: float
+    stderr_j: float | None
+    joules_per_token: float | None
+    method: str
+    calibration_id: str
+    rescaled_j: float | None = None
+    window: str | None = None  # the measurement's
+
+
+@dataclass(frozen=True)
+class AttributionSum:
+    """The attribution of one window as a whole: measured_j = static_j + dynamic_j + shared_j + unattributed_j.
+
+    shared_j: router and combine, which no expert owns. closure: |unattributed_j| / measured_j. held_out_error: the
+    calibration's own, each workload predicted by a fit of the others.
+    """
+
+    kind: ClassVar[str] = "attribution_sum"
+    run_id: str
+    layer: int
+    measured_j: float | None
+    static_j: float
+    dynamic_j: float
+    shared_j: float
+    unattributed_j: float | None
+    rescaled_j: float | None  # of the experts
+    rescaled_shared_j: float | None
+    closure: float | None
+    held_out_error: float | None
+    calibration_id: str
+    window: str | None = None  # the measurement's
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A quantity that an experiment set out to measure, with its 95 % interval; `value` None: `reason` says why not.
+
+    verdict: what follows ("better", "worse", "inconclusive"; "met", "missed" where there is a goal), None without one.
+    """
+
+    kind: ClassVar[str] = "finding"
+    name: str
+    value: float | None
+    unit: str
+    low: float | None = None
+    high: float | None = None
+    samples: int | None = None
+    verdict: str | None = None
+    how: str | None = None
+    reason: str | None = None
+
+
+Row = (
+    Machine
+    | Ceiling
+    | BenchmarkRow
+    | TrainingRow
+    | ExpertLoadRow
+    | TileRow
+    | SliceRow
+    | EnergyMeasurement
+    | AttributionRow
+    | AttributionSum
+    | Finding
+)
+_KINDS: dict[str, Any] = {cls.kind: cls for cls in get_args(Row)}
 
 
 class ResultsError(ValueError):
@@ -247,6 +367,11 @@ def write_atomically(path: str | Path, content: bytes) -> None:
         raise
 
 
+def cache_directory() -> Path:
+    """Where measured tables and calibrations are kept: MOE_GPU_CACHE, by default ~/.cache/moe_gpu; not made here."""
+    return Path(os.environ.get("MOE_GPU_CACHE") or os.path.expanduser("~/.cache/moe_gpu"))
+
+
 def writable_directory(path: str | Path) -> Path:
     """The folder, made if need be, in which a file could be written just now; ValueError where none can."""
     path = Path(path)
@@ -260,9 +385,8 @@ def writable_directory(path: str | Path) -> Path:
 
 
 def device_cache_path(folder: str, device_name: str) -> Path:
-    """The user's file about a GPU model, as `tiles/h200.json`: under MOE_GPU_CACHE, by default ~/.cache/moe_gpu."""
-    root = os.environ.get(CACHE_VARIABLE) or os.path.expanduser("~/.cache/moe_gpu")
-    return Path(root) / folder / device_file_name(device_name)
+    """The user's file about a GPU model, as `tiles/h200.json`."""
+    return cache_directory() / folder / device_file_name(device_name)
 
 
 def device_file_name(device_name: str) -> str:

@@ -14,6 +14,7 @@ from moe_gpu.benchmark.suite import choose_device
 from moe_gpu.benchmark.table import print_rows
 from moe_gpu.config import PRESETS, MoEConfig
 from moe_gpu.console import progress_bar
+from moe_gpu.energy import energy_plan, print_energy
 from moe_gpu.extras import MissingExtraError
 from moe_gpu.plots import FIGURES, draw_training, require_matplotlib
 from moe_gpu.profiler import RoutingTrace
@@ -51,12 +52,14 @@ def run_bench(
     full: bool = False,
     routings: Sequence[str] | None = None,
     trace: str | Path | None = None,
+    energy: bool = False,
     **options: Any,
 ) -> list[Row]:
     """Benchmark a layer, print the table and write `results.jsonl`.
 
     preset: `small` by default; sizes (`input_dim`, ...) replace its own. quick, full: the ready-made suites. trace: a
-    file, replayed by default where it is given. options: MoEBenchmark's; None leaves its default.
+    file, replayed by default where it is given. energy: measure it too; EnergyUnavailableError, before any work, where
+    there is none to measure. options: MoEBenchmark's; None leaves its default.
     Raises ValueError before any work for what cannot run.
     """
     if quick and (full or preset):
@@ -68,6 +71,11 @@ def run_bench(
         chosen["trace"] = RoutingTrace.load(trace)
     elif "trace" in chosen.get("routings", ()):
         raise ValueError("--routing trace replays a file; name it with --trace FILE (`moe-gpu demo` records one)")
+    attributions = None
+    if energy:
+        _, chosen["energy"], attributions = energy_plan(
+            options.get("device"), seed=chosen.get("seed", 0), trace=chosen.get("trace")
+        )
     given = _given(sizes)
     if full:
         presets = [preset] if preset else None
@@ -85,8 +93,14 @@ def run_bench(
         with progress_bar("benchmark") as progress:
             benchmark.on_progress = progress
             rows = benchmark.run_comparison()
+    if attributions is not None:
+        rows += attributions.rows
     write_rows(directory / RESULTS_FILE, rows)
     print_rows(rows)
+    if attributions is not None:
+        print_energy(rows)
+        for remark in attributions.remarks:
+            print(remark)
     print(f"results: {directory / RESULTS_FILE}")
     return rows
 

@@ -17,8 +17,9 @@ from moe_gpu.cli import app, main, options
 from moe_gpu.config import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ["README.md", "QUICKSTART.md", "docs/slicing.md"]
+DOCUMENTS = ["README.md", "QUICKSTART.md", "docs/energy.md", "docs/slicing.md"]
 COMMANDS = ["demo", "bench", "train", "generate", "report", "profile", "tune", "doctor"]
+GROUPS = {"energy": ["measure", "calibrate", "report", "watch"]}
 KEPT = "an earlier run's file\n"
 
 
@@ -175,15 +176,24 @@ def test_version_and_help(capsys):
     for arguments in ([], ["--help"], ["-h"]):
         assert main(arguments) == 0
         shown = capsys.readouterr().out
-        assert all(command in shown for command in COMMANDS)
+        assert all(command in shown for command in [*COMMANDS, *GROUPS])
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS, *(f"{group} {name}" for group in GROUPS for name in GROUPS[group])])
 def test_every_command_has_help_and_json(command, capsys):
-    assert main([command, "--help"]) == 0
+    assert main([*command.split(), "--help"]) == 0
     shown = capsys.readouterr().out
     assert "--json" in shown
-    assert ("--output-dir" in shown) == (command not in ("tune", "doctor", "generate"))
+    writes_a_file_or_none = ("tune", "doctor", "generate", "energy calibrate", "energy report", "energy watch")
+    assert ("--output-dir" in shown) == (command not in writes_a_file_or_none)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_group_of_commands_lists_them(group, capsys):
+    for arguments in ([group], [group, "--help"]):
+        assert main(arguments) == 0
+        shown = capsys.readouterr().out
+        assert all(name in shown for name in GROUPS[group])
 
 
 def test_help_names_every_preset(capsys):

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "moe_gpu"
 
 LEAVES = {"config", "reference", "results", "nvml", "extras"}
 MANAGERS = {"profiler", "gpu_slice_manager", "expert_cache", "cuda_graph_manager", "energy_monitor", "energy_model"}
-LAYERS = LEAVES | MANAGERS | {"slices", "triton_kernels", "expert_parallel", "model"}
+LAYERS = LEAVES | MANAGERS | {"energy_work", "slices", "triton_kernels", "expert_parallel", "model"}
 TOOLS = {"benchmark", "training", "plots", "report", "console"}
 
 # Room -> the rooms it may import (itself always). A room is a module of moe_gpu, or a folder of modules.
@@ -33,7 +33,10 @@ ALLOWED = {
     **dict.fromkeys(MANAGERS, LEAVES),
     "profiler": LEAVES | {"triton_kernels"},  # its counters are added up by a kernel
     "gpu_slice_manager": LEAVES | {"slices", "profiler"},
-    "model": LAYERS,
+    "energy_work": set(),
+    "energy_model": LEAVES | {"energy_monitor", "energy_work"},  # it calibrates on windows
+    "layer_energy": LEAVES | MANAGERS | {"energy_work", "explain", "triton_kernels"},
+    "model": LAYERS | {"layer_energy"},
     "huggingface": LAYERS,
     "training": LAYERS,
     "benchmark": LAYERS,
@@ -41,19 +44,33 @@ ALLOWED = {
     "report": LEAVES | {"plots"},
     "console": set(),
     "doctor": LAYERS | {"benchmark"},
-    "explain": LAYERS,
+    "explain": LEAVES | {"slices", "triton_kernels", "energy_work"},
     "tune": LAYERS | {"benchmark", "console", "explain"},
-    "runs": LAYERS | TOOLS | {"explain"},
+    "metrics": LAYERS | {"plots"},
+    "energy": LAYERS | {"benchmark", "console", "layer_energy", "metrics"},
+    "runs": LAYERS | TOOLS | {"explain", "energy"},
     "profile_runs": LAYERS | TOOLS | {"runs"},
     "slice_runs": LAYERS,
     "slice_bench": LAYERS | {"benchmark", "console"},
     "demo": LAYERS | TOOLS | {"runs"},
-    "cli": LAYERS | TOOLS | {"runs", "profile_runs", "slice_runs", "slice_bench", "doctor", "demo", "tune"},
+    "cli": LAYERS | TOOLS | {"runs", "profile_runs", "slice_runs", "slice_bench", "doctor", "demo", "tune", "energy"},
     "__main__": {"cli"},
 }
 
-OPTIONAL = ("triton", "matplotlib", "plotly", "transformers", "pynvml", "scattermoe", "sonicmoe", "triton_kernels")
-OPTIONAL += ("tokenizers", "yaml", "tensorboard")
+OPTIONAL = (
+    "triton",
+    "matplotlib",
+    "plotly",
+    "transformers",
+    "pynvml",
+    "prometheus_client",
+    "scattermoe",
+    "sonicmoe",
+    "triton_kernels",
+    "tokenizers",
+    "yaml",
+    "tensorboard",
+)
 # Device code cannot be written without Triton at its top; only ops.py reaches it, and only where Triton serves.
 DOOR = "moe_gpu.triton_kernels.ops"
 

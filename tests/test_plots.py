@@ -407,3 +407,53 @@ def test_a_missing_matplotlib_names_the_extra(tmp_path, monkeypatch):
         plots.draw_all([CPU, *small_rows()], tmp_path)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+def energy_rows():
+    """Three sizes with energy, one of them from short windows, and what the driver saw of the GPU."""
+    rows = small_rows(gpu_util_pct=80.0, energy_quality="ok")
+    return [
+        replace(
+            row,
+            energy_j_per_token=row.p50_ms / 100,
+            energy_stderr_j_per_token=row.p50_ms / 1000,
+            energy_quality="short" if row.num_tokens == 1 else "ok",
+        )
+        for row in rows
+    ]
+
+
+def test_energy_states_the_finding_with_intervals_and_what_is_doubtful(texts, tmp_path):
+    plots.draw_energy([GPU, *energy_rows()], tmp_path / "e.png")
+    assert "moe_gpu takes 0.50x the energy of torch_loop (geometric mean of 3 points, 0.50x to 0.50x)" in texts.all
+    assert "Of these points 2 are short." in texts.all
+    assert "gain, up to 5 % a board" in texts.all
+    _, high = next(
+        segment[:, 1]
+        for bars in texts.panels[0].collections
+        for segment in bars.get_segments()
+        if segment[:, 1].min() == pytest.approx(0.02 * (1 - 0.196))
+    )
+    assert high == pytest.approx(0.02 * 1.196)
+
+
+def test_energy_of_one_point_or_of_two_devices_claims_no_mean(texts, tmp_path):
+    rows = [row for row in energy_rows() if row.num_tokens == 8]
+    plots.draw_energy([GPU, *rows], tmp_path / "e.png")
+    assert "(one point)" in texts.all
+    plots.draw_energy([GPU, *rows, CPU, *rows], tmp_path / "e.png")
+    assert "Energy per token by provider" in texts.words
+
+
+def test_an_interval_that_reaches_nought_is_cut_on_the_log_axis(tmp_path):
+    rows = [replace(row, energy_stderr_j_per_token=10 * row.energy_j_per_token) for row in energy_rows()]
+    assert png_size(plots.draw_energy([GPU, *rows], tmp_path / "e.png"))
+
+
+def test_utilisation_shows_what_the_driver_saw_where_it_was_measured(texts, tmp_path):
+    plots.draw_utilization([GPU, *energy_rows()], tmp_path / "u.png")
+    assert len(texts.panels) == 3
+    assert "as the driver counts it, calls back to back" in texts.words
+    assert {float(y) for line in texts.panels[2].lines for y in line.get_ydata()} == {80.0, 100.0}
+    plots.draw_utilization([GPU, *small_rows()], tmp_path / "u.png")
+    assert "Share of the time in which a kernel ran: not measured" in texts.all

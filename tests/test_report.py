@@ -229,3 +229,38 @@ def test_a_report_needs_no_extra(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "True", done.stderr
+
+
+def test_energy_is_shown_with_its_interval_and_what_was_found_and_not(report):
+    from moe_gpu.results import AttributionRow, AttributionSum, EnergyMeasurement, Finding
+
+    measured = dict(energy_j_per_token=0.002, energy_stderr_j_per_token=0.0001, energy_quality="ok", power_w=300.0)
+    rows = [
+        GPU,
+        benchmark_row("moe_gpu", 8, 2.0, **measured),
+        benchmark_row("torch_loop", 8, 4.0, energy_quality="invalid"),
+        Finding("tick period", 0.1, "s", 0.09, 0.11, verdict="met", how="ticks of 10 s"),
+        Finding(EVIL, None, "W", reason=f"failed {EVIL}"),
+        EnergyMeasurement("r", "w", 5.0, reason=f"lost {EVIL}"),
+        AttributionSum("r", 3, 1500.0, 600.0, 700.0, 50.0, 150.0, 820.0, 80.0, 0.1, 0.05, "abc"),
+        AttributionRow("r", 3, 0, 10.0, 16.0, 1e9, 1e6, 500.0, 400.0, 5.0, 0.09, "modelled", "abc", 590.0),
+        AttributionRow("r", 3, 1, 0.0, 0.0, 0.0, 0.0, 200.0, 200.0, 1.0, None, "modelled", "abc", 230.0),
+    ]
+    text = report(rows)
+    assert EVIL not in text
+    ours, loop = Document(text).table("Energy of")
+    assert ours["J per 1000 tokens"] == ["2", "2.0"]
+    assert ours["95 % interval"][0] == "1.8 to 2.2"
+    assert loop["J per 1000 tokens"] == ["—", ""]
+    assert loop["Quality"][0] == "invalid"
+    found, failed = Document(text).table("What")
+    assert (found["Value"][0], found["95 % interval"][0], found["Verdict"][0]) == ("0.1", "0.09 to 0.11", "met")
+    assert failed["Value"] == ["—", ""]
+    assert "closure 10.0%" in text
+    assert "held-out error 5.0%" in text
+    first, second = Document(text).table("Expert")
+    assert (first["Expert"][0], first["J per 1000 tokens"][0]) == ("0", "90")
+    assert second["J per 1000 tokens"] == ["—", ""]
+    assert "expert 0: 1.43x of an even share of the joules" in text
+    assert "1 windows: lost" in text
+    assert '<section id="energy">' not in report(demo_rows())

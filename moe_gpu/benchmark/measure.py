@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +17,10 @@ from moe_gpu.benchmark.problem import Problem
 from moe_gpu.benchmark.providers import PROVIDERS, Built
 from moe_gpu.benchmark.timing import Job, Timer, attempt
 from moe_gpu.config import MoEConfig
+from moe_gpu.energy_monitor import EnergyMonitor, EnergyTrials, measure_interleaved
 from moe_gpu.results import BenchmarkRow
+
+logger = logging.getLogger("moe_gpu")
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,27 @@ class Pass:
     ceilings: Mapping[str, float]
 
 
+@dataclass(frozen=True)
+class EnergyPlan:
+    """How the providers' energy is measured: `trials` windows of `seconds` of back-to-back calls each, in turn.
+
+    on_trials: told the case and what was measured of each provider.
+    """
+
+    monitor: EnergyMonitor
+    seconds: float = 5.0
+    trials: int = 4
+    cooldown_s: float = 0.0
+    on_trials: Callable[[Case, Mapping[str, EnergyTrials]], None] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.seconds > 0 or self.trials < 1 or self.cooldown_s < 0:
+            raise ValueError(
+                f"energy: seconds={self.seconds} must be positive, trials={self.trials} at least 1 and "
+                f"cooldown_s={self.cooldown_s} not negative"
+            )
+
+
 @dataclass
 class _Entry:
     """One provider on its way to a row."""
@@ -77,6 +103,7 @@ class _Entry:
     peak_memory_bytes: int | None = None
     estimate_ms: float = 0.0
     times_ms: Sequence[float] = ()
+    energy: EnergyTrials | None = None
 
     def stop(self, status: str, reason: str | None) -> None:
         self.status, self.reason, self.job = status, reason, None
@@ -88,6 +115,7 @@ def measure_pass(
     num_iterations: int,
     row_budget_s: float,
     report: Callable[[int, str], None],
+    energy: EnergyPlan | None = None,
 ) -> list[BenchmarkRow]:
     """A row for each provider; `report(index, name)` is told which one is being prepared."""
     device = one_pass.problem.device
@@ -109,7 +137,42 @@ def measure_pass(
         ready[name].stop("failed", reason)
     for name, times_ms in samples.items():
         ready[name].times_ms = times_ms
+    if energy is not None:
+        for name, trials in _measure_energy(energy, one_pass, {name: jobs[name] for name in samples}).items():
+            ready[name].energy = trials
     return [_row(entry, one_pass, clock) for entry in entries]
+
+
+def _measure_energy(plan: EnergyPlan, one_pass: Pass, jobs: Mapping[str, Job]) -> dict[str, EnergyTrials]:
+    """Energy of each provider's calls, back to back; a backward pass alone has none, since it needs a forward.
+
+    A call that fails, after all of them have been timed, leaves the pass without energy and is named in a warning.
+    """
+    case = one_pass.case
+    if case.mode == "backward" or not jobs:
+        return {}
+    calls = {f"{case} {name}": functools.partial(_call, job) for name, job in jobs.items()}
+    outcome = attempt(
+        lambda: measure_interleaved(
+            calls,
+            monitor=plan.monitor,
+            tokens=dict.fromkeys(calls, case.num_tokens),
+            min_duration_s=plan.seconds,
+            trials=plan.trials,
+            cooldown_s=plan.cooldown_s,
+        )
+    )
+    if outcome.reason is not None:
+        logger.warning("energy: %s is not measured: %s", case, outcome.reason)
+        return {}
+    trials = {name: outcome.value[f"{case} {name}"] for name in jobs}
+    if plan.on_trials is not None:
+        plan.on_trials(case, trials)
+    return trials
+
+
+def _call(job: Job) -> None:
+    job.run(job.prepare())
 
 
 def _prepare(entry: _Entry, one_pass: Pass, timer: Timer, row_budget_s: float) -> None:
@@ -196,4 +259,17 @@ def _row(entry: _Entry, one_pass: Pass, sm_clock_mhz: float | None) -> Benchmark
         bandwidth_share=num_bytes / seconds / ceilings["copy"] if "copy" in ceilings else None,
         peak_memory_bytes=entry.peak_memory_bytes,
         sm_clock_mhz=sm_clock_mhz,
+        **({} if entry.energy is None else _energy_fields(entry.energy)),
+    )
+
+
+def _energy_fields(trials: EnergyTrials) -> dict[str, Any]:
+    total = trials.total() if trials.valid else None
+    return dict(
+        energy_j_per_token=trials.joules_per_token,
+        energy_stderr_j_per_token=trials.stderr_j_per_token,
+        energy_quality=trials.quality,
+        gpu_util_pct=trials.mean("gpu_util_pct"),
+        mem_util_pct=trials.mean("mem_util_pct"),
+        power_w=total.energy_j / total.duration_s if total is not None and total.energy_j else None,
     )

@@ -11,7 +11,7 @@ import torch
 
 from moe_gpu.benchmark import timing
 from moe_gpu.benchmark.check import Checker
-from moe_gpu.benchmark.measure import Case, Pass, measure_pass
+from moe_gpu.benchmark.measure import Case, EnergyPlan, Pass, measure_pass
 from moe_gpu.benchmark.problem import (
     MODES,
     MemoryLimitError,
@@ -72,7 +72,8 @@ class MoEBenchmark:
     trace (layer 0 of `trace`). modes: forward, backward, forward+backward. launches: eager, graph (a CUDA graph of the
     forward pass; needs a GPU). providers: all by default. dtype: by default bf16 on a GPU, fp32 on a CPU.
     num_iterations: samples of each provider, fewer (at least five) where they would take more than `row_budget_s`.
-    A shared expert is left out. Nothing is allocated before `run_comparison`.
+    energy: how to measure it; by default it is not. A shared expert is left out. Nothing is allocated before
+    `run_comparison`.
     Raises ValueError for a name, size or trace that does not fit, and for a problem larger than the free memory.
     """
 
@@ -98,6 +99,7 @@ class MoEBenchmark:
         seed: int = 0,
         on_progress: Progress | None = None,
         row_budget_s: float = 1.0,
+        energy: EnergyPlan | None = None,
     ) -> None:
         config = config or MoEConfig(input_dim, expert_dim, hidden_dim, num_experts, top_k)
         self.config = config.with_(shared_hidden_dim=0)
@@ -125,6 +127,7 @@ class MoEBenchmark:
         if not row_budget_s > 0:
             raise ValueError(f"row_budget_s={row_budget_s} must be positive")
         self.trace, self.seed, self.on_progress, self.row_budget_s = trace, seed, on_progress, row_budget_s
+        self.energy = energy
         self.rows: list[Row] = []
         for size in self.batch_sizes:
             check_memory(self.config, size, self.dtype, self._gradients, self.device)
@@ -198,7 +201,7 @@ class MoEBenchmark:
             problem, checker = made.value
             one_pass = Pass(case, problem, checker, ceilings)
             tell = functools.partial(_tell, report, len(rows), case)
-            rows += measure_pass(one_pass, self.providers, self.num_iterations, self.row_budget_s, tell)
+            rows += measure_pass(one_pass, self.providers, self.num_iterations, self.row_budget_s, tell, self.energy)
 
     def _set_up(self, num_tokens: int, routing: str) -> tuple[Problem, Checker]:
         problem = make_problem(self.config, num_tokens, routing, self.dtype, self.device, self.trace, self.seed)
@@ -210,7 +213,10 @@ def _tell(report: Callable[[int, str], None], done: int, case: Case, index: int,
 
 
 def run_benchmarks(benchmarks: Sequence[MoEBenchmark], on_progress: Progress | None = None) -> list[Row]:
-    """Several benchmarks of one device as one run: one machine row, the ceilings of each dtype, then their rows."""
+    """Several benchmarks of one device as one run: one machine row, the ceilings of each dtype, then their rows.
+
+    Where energy was measured its windows follow.
+    """
     if not benchmarks:
         raise ValueError("there is no benchmark to run; give at least one")
     device = benchmarks[0].device
@@ -228,7 +234,9 @@ def run_benchmarks(benchmarks: Sequence[MoEBenchmark], on_progress: Progress | N
 
         rows += benchmark.measure(ceilings, progress)
         done += benchmark.num_steps
-    return [describe_machine(device), *ceilings, *rows]
+    monitors = {id(b.energy.monitor): b.energy.monitor for b in benchmarks if b.energy is not None}
+    windows = [window for monitor in monitors.values() for window in monitor.measurements]
+    return [describe_machine(device), *ceilings, *rows, *windows]
 
 
 def _settings(preset: str, defaults: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from moe_gpu.cli import energy as energy_commands
 from moe_gpu.cli import slices
 from moe_gpu.cli.options import (
     DEVICES,
@@ -50,6 +51,9 @@ app = typer.Typer(
 )
 
 app.add_typer(slices.app, name="slices", help="Divide a GPU by measured load: plan, show, simulate, MIG, bench.")
+
+
+app.add_typer(energy_commands.app, name="energy")
 
 
 @app.callback(invoke_without_command=True)
@@ -115,6 +119,9 @@ def bench(
         bool, typer.Option("--explain", help="Run nothing: print which kernel and tile would serve each product.")
     ] = False,
     sm_budget: Annotated[int | None, count("--sm-budget", "SMs to use (with --explain).")] = None,
+    energy: Annotated[
+        bool, typer.Option("--energy", help="Also measure joules per token, 20 s for each row (needs an NVIDIA GPU).")
+    ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="The small preset, few sizes.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Every preset that fits this device. Takes long.")] = False,
     output_dir: OutputDir = Path("moe-gpu-output"),
@@ -162,6 +169,7 @@ def bench(
             num_iterations=iterations,
             seed=seed,
             device=device,
+            energy=energy,
         )
     if as_json:
         print_rows(rows)
@@ -365,6 +373,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("MOE_GPU_TRACEBACK") == "1":
             raise
         return _fail(str(error))
+    except RuntimeError as error:
+        from moe_gpu.nvml import NvmlUnavailableError
+
+        if not isinstance(error, NvmlUnavailableError) or os.environ.get("MOE_GPU_TRACEBACK") == "1":
+            raise
+        return _fail(str(error), status=1)
     except ImportError as error:
         from moe_gpu.extras import MissingExtraError
 

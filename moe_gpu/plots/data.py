@@ -285,8 +285,8 @@ def expert_loads(rows: Iterable[Row]) -> list[Load]:
     return loads
 
 
-def relative_load(counts: Sequence[int]) -> list[float] | None:
-    """Counts as multiples of an even share; None where there is no route."""
+def relative_load(counts: Sequence[float]) -> list[float] | None:
+    """Counts (or joules) as multiples of an even share; None where there is none."""
     total = sum(counts)
     return [count * len(counts) / total for count in counts] if total else None
 
@@ -324,6 +324,37 @@ def energy_reason(runs: Sequence[Run]) -> str:
     if machines and all(machine.device_type == "cpu" for machine in machines):
         return "Energy is read from the NVIDIA driver, and this run was on a CPU."
     return "No row of these results carries energy_j_per_token."
+
+
+def energy_finding(table: Table) -> str | None:
+    """One sentence on moe_gpu's energy against the baseline's; None if never measured together, or on two devices."""
+    if len({facet.device for facet in table}) > 1:
+        return None
+    ratios = []
+    for _, _, at in points(table):
+        found = [(series.provider, row.energy_j_per_token) for series, row in at.items() if row.energy_j_per_token]
+        ours, baseline = ([joules for name, joules in found if name == wanted] for wanted in (OURS, BASELINE))
+        if ours and baseline:
+            ratios.append(min(ours) / min(baseline))
+    if not ratios:
+        return None
+    if len(ratios) == 1:
+        return f"{OURS} takes {times(ratios[0])} the energy of {BASELINE} (one point)"
+    more = sum(ratio > 1 for ratio in ratios)
+    spread = f"{times(min(ratios))} to {times(max(ratios))}{f'; more at {more}' if more else ''}"
+    mean = times(geometric_mean(ratios))
+    return f"{OURS} takes {mean} the energy of {BASELINE} (geometric mean of {len(ratios)} points, {spread})"
+
+
+def energy_notes(rows: Iterable[Row]) -> list[str]:
+    """What must be known of the energy shown: the meter's gain, and points whose windows were not good."""
+    notes = ["The meter's own gain, up to 5 % a board, is in no interval; comparisons on one board are free of it."]
+    doubtful: dict[str, int] = {}
+    for row in select(rows, BenchmarkRow):
+        if row.energy_j_per_token is not None and row.energy_quality not in (None, "ok"):
+            doubtful[row.energy_quality] = doubtful.get(row.energy_quality, 0) + 1
+    notes += [f"Of these points {count} are {quality.replace('+', ' and ')}." for quality, count in doubtful.items()]
+    return notes
 
 
 def dtypes(rows: Iterable[Row]) -> list[str]:

@@ -34,6 +34,8 @@ from moe_gpu.plots.data import (
     Series,
     Table,
     compare,
+    energy_finding,
+    energy_notes,
     energy_reason,
     finding,
     gaps,
@@ -82,13 +84,24 @@ def draw_energy(rows: Sequence[Row], path: str | Path) -> Path:
         blank = page((1, 1), "Energy per token", runs)
         say_nothing(blank.axes[0][0], energy_reason(runs))
         return blank.save(path)
-    title, remark = "Energy per token by provider", "Joules a token of one layer against tokens in a call; log axes."
-    return _by_routing(rows, "energy_j_per_token", "J/token", title, remark).save(path)
+
+    def whiskers(line: dict[int, BenchmarkRow]) -> dict[int, tuple[float, float]]:
+        energy, error = values(line, "energy_j_per_token"), values(line, "energy_stderr_j_per_token")
+        # On a log axis an interval that reaches 0 is cut at a tenth.
+        return {x: (max(e / 10, e - 1.96 * error[x]), e + 1.96 * error[x]) for x, e in energy.items() if x in error}
+
+    title = energy_finding(tabulate(rows)) or "Energy per token by provider"
+    remark = "Joules a token of one layer against tokens in a call; log axes; whiskers: 95 % interval of the readings."
+    sheet = _by_routing(rows, "energy_j_per_token", "J/token", title, remark, whiskers, energy_notes(rows))
+    return sheet.save(path)
 
 
 @styled
 def draw_utilization(rows: Sequence[Row], path: str | Path) -> Path:
-    """Share of the measured matmul and copy ceilings that every provider reaches, over tokens."""
+    """Share of the measured matmul and copy ceilings that every provider reaches, over tokens.
+
+    Beside them, where it was measured, the share of the time in which the driver saw a kernel run.
+    """
     table, runs = tabulate(rows), split_runs(rows)
     fields = {"flops_share": "matmul", "bandwidth_share": "copy"}
     shares = [
@@ -106,10 +119,16 @@ def draw_utilization(rows: Sequence[Row], path: str | Path) -> Path:
         "Least work of the pass over the time taken, as a share of what plain work reached on this device; log axes."
     )
     facets, notes = _shown(table)
-    sheet = _sheet(facets, table, 2, title, runs, remark, notes)
+    busy = any(row.gpu_util_pct is not None for row in select(rows, BenchmarkRow))
+    if not busy:
+        notes = [f"Share of the time in which a kernel ran: {NOT_MEASURED} (`moe-gpu bench --energy` does).", *notes]
+    sheet = _sheet(facets, table, 3 if busy else 2, title, runs, remark, notes)
     ceilings = {(run.device, row.name, row.dtype): row for run in runs for row in select(run.rows, Ceiling)}
     for axes, facet in zip(sheet.axes, facets, strict=False):
-        for axis, (field, name) in zip(axes, fields.items(), strict=True):
+        if busy:
+            _panel(axes[2], table[facet], "gpu_util_pct", "time with a kernel, %", ceiling=100.0)
+            name_panel(axes[2], f"{facet.name} · {facet.routing}", "as the driver counts it, calls back to back")
+        for axis, (field, name) in zip(axes, fields.items(), strict=False):
             ceiling = ceilings.get((facet.device, name, facet.dtype))
             if ceiling is None:
                 full = f"{name} ceiling not recorded"
@@ -272,12 +291,13 @@ def _by_routing(
     title: str,
     remark: str,
     whiskers: Callable[[dict[int, BenchmarkRow]], dict[int, tuple[float, float]]] | None = None,
+    more_notes: Sequence[str] = (),
 ) -> Page:
     """A page with a row of panels for each model and mode and a column for each routing."""
     table, runs = tabulate(rows), split_runs(rows)
     routings = list(dict.fromkeys(facet.routing for facet in table)) or [""]
     facets, notes = _shown(table, join_routings=True)
-    sheet = _sheet(facets, table, len(routings), title, runs, remark, notes)
+    sheet = _sheet(facets, table, len(routings), title, runs, remark, [*more_notes, *notes])
     for axes, facet in zip(sheet.axes, facets, strict=False):
         for axis, routing in zip(axes, routings, strict=True):
             exact = facet._replace(routing=routing)

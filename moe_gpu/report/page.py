@@ -28,6 +28,7 @@ from moe_gpu.plots.data import (
     training_runs,
 )
 from moe_gpu.report import sections
+from moe_gpu.report.energy import energy
 from moe_gpu.results import Machine, Row, select
 
 
@@ -41,6 +42,7 @@ def build_page(rows: Sequence[Row], title: str, pictures: Sequence[tuple[str, by
         ("points", f"{OURS} at every point", sections.points(comparisons)),
         ("charts", "Throughput", sections.throughput(table, classes)),
         ("results", "All results", sections.results(table)),
+        ("energy", "Energy", energy(rows)),
         ("training", "Training", sections.training(rows)),
         ("experts", "Experts", sections.experts(rows)),
         ("missing", "Not measured", sections.missing(rows, table)),

@@ -127,19 +127,20 @@ class MIGManager:
             raise MIGError(f"{self.described.name} is described, not present: its layouts can be planned, no more")
         try:
             return nvml.mig_facts(self.index)
-        except nvml.NvmlError as error:
+        except (nvml.NvmlError, nvml.NvmlUnavailableError) as error:
             raise self._refusal(error) from error
 
-    def _refusal(self, error: nvml.NvmlError) -> MIGError:
-        gpu = f"GPU {self.index}"
-        return MIGError(
-            {
-                "permission": f"{gpu}: no permission for MIG ({error}); run as root, or ask an administrator",
-                "busy": f"{gpu} is in use ({error}); end what runs on it and try again",
-                "unsupported": f"{gpu} offers no MIG ({error}); it takes an A100, H100, H200 or B200 and its driver",
-                "reset": f"{gpu}: {error}; an administrator runs: nvidia-smi -i {self.index} --gpu-reset",
-            }.get(error.kind, f"{gpu}: NVML refused ({error}); see nvidia-smi mig -i {self.index} -lgi")
-        )
+    def _refusal(self, error: nvml.NvmlError | nvml.NvmlUnavailableError) -> MIGError:
+        gpu, name = f"GPU {self.index}", getattr(error, "name", None)
+        if name == "IN_USE":
+            return MIGError(f"{gpu} is in use ({error}); end what runs on it and try again")
+        if name == "RESET_REQUIRED":
+            return MIGError(f"{gpu}: {error}; an administrator runs: nvidia-smi -i {self.index} --gpu-reset")
+        if isinstance(error, nvml.NoPermissionError):
+            return MIGError(f"{gpu}: no permission for MIG ({error}); run as root, or ask an administrator")
+        if isinstance(error, (nvml.NotSupportedError, nvml.NvmlUnavailableError)):
+            return MIGError(f"{gpu} offers no MIG ({error}); it takes an A100, H100, H200 or B200 and its driver")
+        return MIGError(f"{gpu}: NVML refused ({error}); see nvidia-smi mig -i {self.index} -lgi")
 
     @property
     def name(self) -> str:
