@@ -15,7 +15,7 @@ from command_line import run, training_config, training_options
 from moe_gpu.console import progress_bar
 from moe_gpu.plots import require_matplotlib
 from moe_gpu.results import writable_directory
-from moe_gpu.training import MoELanguageModel, evaluate, load_text, next_byte_loss
+from moe_gpu.training import MoELanguageModel, evaluate, load_text, next_token_loss
 
 READ_EVERY = 10  # reading a loss waits for the device
 
@@ -38,7 +38,7 @@ def main() -> None:
         for step in range(1, config.steps + 1):
             inputs, targets = text.batch(step, config.batch_size, config.context, config.seed)
             logits, stats = model(inputs)
-            loss = next_byte_loss(logits, targets)
+            loss = next_token_loss(logits, targets)
             balance = sum(layer.load_balancing_loss for layer in stats) / len(stats)
 
             optimizer.zero_grad()

@@ -233,6 +233,11 @@ CHECKS: tuple[Callable[[], Check], ...] = (
     check_mig,
     check_memory,
     lambda: check_package("matplotlib", "matplotlib", "matplotlib", "plots", "pip install 'moe-gpu[viz]'"),
+    lambda: check_package("tokenizers", "tokenizers", "tokenizers", "BPE in training", "pip install 'moe-gpu[train]'"),
+    lambda: check_package("PyYAML", "yaml", "PyYAML", "YAML configurations", "pip install 'moe-gpu[train]'"),
+    lambda: check_package(
+        "tensorboard", "tensorboard", "tensorboard", "TensorBoard of a training", "pip install 'moe-gpu[metrics]'"
+    ),
     check_transformers,
     lambda: check_package("scattermoe", "scattermoe", "scattermoe", "peer scattermoe", "install from its repository"),
     lambda: check_package(

@@ -134,6 +134,13 @@ class TrainingRow:
     max_expert_share: float | None = None  # of the busiest expert over layers; 1 / E when balanced
     normalised_entropy: float | None = None  # of the expert load, 1 when balanced; mean over layers
     backend: str | None = None
+    eval_bits_per_byte: float | None = None  # of the held-out text, comparable between tokenizers
+    router_z_loss: float | None = None
+    grad_norm: float | None = None  # before clipping; mean over the steps since the last row
+    active_expert_share: float | None = None  # of experts that had any route; the lowest over layers
+    dead_experts: list[int] | None = None  # experts without any route, by layer
+    mfu: float | None = None  # model FLOPs utilisation, 0 to 1; of a GPU whose peak is known
+    peak_memory_bytes: int | None = None  # most GPU memory in use at once since the run began; None on a CPU
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +15,25 @@ from moe_gpu.benchmark.table import print_rows
 from moe_gpu.config import PRESETS, MoEConfig
 from moe_gpu.console import progress_bar
 from moe_gpu.energy import energy_plan, print_energy
+from moe_gpu.extras import MissingExtraError
 from moe_gpu.plots import FIGURES, draw_training, require_matplotlib
 from moe_gpu.profiler import RoutingTrace
 from moe_gpu.report import write_report
-from moe_gpu.results import (
-    BenchmarkRow,
-    Row,
-    TrainingRow,
-    describe_machine,
-    read_rows,
-    select,
-    writable_directory,
-    write_rows,
+from moe_gpu.results import BenchmarkRow, Row, TrainingRow, read_rows, select, writable_directory, write_rows
+from moe_gpu.training import (
+    TrainConfig,
+    TrainResult,
+    assignments,
+    generate,
+    load_checkpoint,
+    read_config,
+    train,
+    with_fields,
 )
-from moe_gpu.training import TrainConfig, TrainResult, train
+from moe_gpu.training.config_file import CONFIG_FILE
+from moe_gpu.training.run_files import RESULTS_FILE as TRAINING_FILE
 
 RESULTS_FILE = "results.jsonl"
-TRAINING_FILE = "training.jsonl"
 TRAINING_FIGURE = "training_results.png"
 REPORT_FILE = "report.html"
 
@@ -150,30 +151,75 @@ def _named_config(preset: str, sizes: Mapping[str, Any]) -> tuple[str, MoEConfig
     return (preset if config == PRESETS[preset] else "custom"), config
 
 
-def training_config(device: str | None, **changes: Any) -> TrainConfig:
-    """The run that suits the device, with the changes that are not None."""
-    config = TrainConfig.for_device(choose_device(device))
-    return replace(config, **{name: value for name, value in changes.items() if value is not None})
+def training_config(
+    device: str | None,
+    *,
+    config_file: str | Path | None = None,
+    resume_from: str | Path | None = None,
+    fields: Sequence[str] = (),
+    **changes: Any,
+) -> TrainConfig:
+    """The run that a file asks for; without one that of the folder to resume; else the one that suits the device.
+
+    fields: NAME=VALUE, over all of these; changes: over `fields` too, where they are not None.
+    """
+    changes["device"] = None if device is None else str(choose_device(device))
+    given = {**assignments(fields), **{name: value for name, value in changes.items() if value is not None}}
+    if config_file is not None:
+        return read_config(config_file, TrainConfig(device=str(choose_device(device))), given)
+    if resume_from is not None and (Path(resume_from) / CONFIG_FILE).exists():
+        return read_config(Path(resume_from) / CONFIG_FILE, changes=given)
+    return with_fields(TrainConfig.for_device(choose_device(device)), given)
 
 
 def run_training(output_dir: str | Path, config: TrainConfig, *, resume: bool = False) -> list[Row]:
-    """Train; leave the checkpoint, `training.jsonl` and, where matplotlib is installed, `training_results.png`."""
+    """Train; leave what `train` leaves and, where matplotlib is installed, `training_results.png`."""
     directory = writable_directory(output_dir)
     result = train_with_progress(config, directory, resume=resume)
-    rows: list[Row] = [describe_machine(choose_device(config.device)), *result.rows]
-    write_rows(directory / TRAINING_FILE, rows)
-    print(f"held-out loss: {result.eval_loss:.3f} nats a byte on {result.text.source}")
+    rows = read_rows(directory / TRAINING_FILE)
+    unit = result.text.tokenizer.name
+    bits = result.text.bits_per_byte(result.eval_loss)
+    print(f"held-out loss: {result.eval_loss:.3f} nats a {unit}, {bits:.3f} bits a byte, on {result.text.source}")
+    if result.samples:
+        newest = result.samples[-1]
+        print(f"sample of step {newest['step']}: {newest['prompt']}{newest['text']}")
     print(f"results: {directory / TRAINING_FILE}\ncheckpoint: {result.checkpoint}")
-    print(f"figure: {draw_training(rows, directory / TRAINING_FIGURE)}")
+    try:
+        print(f"figure: {draw_training(rows, directory / TRAINING_FIGURE)}")
+    except MissingExtraError as error:  # no reason to call the training a failure
+        print(f"figure: not drawn, {error}")
     return rows
 
 
+def run_generate(
+    directory: str | Path,
+    *,
+    prompt: str | None = None,
+    num_tokens: int = 200,
+    temperature: float = 0.8,
+    seed: int = 0,
+    best: bool = False,
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Go on from a prompt with the newest or the best checkpoint of a folder; print the text and return it.
+
+    prompt: by default the run's own `sample_prompt`. Raises ValueError for a folder without a whole checkpoint.
+    """
+    checkpoint = load_checkpoint(directory, best)
+    model = checkpoint.build_model(choose_device(device), directory)
+    prompt = checkpoint.config.sample_prompt if prompt is None else prompt
+    text = generate(model, checkpoint.build_tokenizer(), prompt, num_tokens, temperature, seed)
+    print(f"{prompt}{text}")
+    return {"prompt": prompt, "text": text, "step": checkpoint.step, "seed": seed, "temperature": temperature}
+
+
 def train_with_progress(config: TrainConfig, directory: Path, *, resume: bool = False) -> TrainResult:
-    """`train` under a progress bar that shows the newest loss."""
+    """`train` under a progress bar that shows the newest loss and speed."""
     with progress_bar("training") as progress:
 
         def on_step(step: int, row: TrainingRow | None) -> None:
-            progress(step, config.steps, "" if row is None else f"loss {row.loss:.3f}")
+            speed = f", {row.tokens_per_s:,.0f} tokens/s" if row and row.tokens_per_s else ""
+            progress(step, config.steps, "" if row is None else f"loss {row.loss:.3f}{speed}")
 
         return train(config, directory, resume=resume, on_step=on_step)
 

@@ -19,7 +19,7 @@ from moe_gpu.config import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ["README.md", "QUICKSTART.md", "docs/energy.md", "docs/expert_cache.md", "docs/slicing.md"]
-COMMANDS = ["demo", "bench", "train", "report", "profile", "tune", "doctor"]
+COMMANDS = ["demo", "bench", "train", "generate", "report", "profile", "tune", "doctor"]
 GROUPS = {"energy": ["measure", "calibrate", "report", "watch"]}
 KEPT = "an earlier run's file\n"
 
@@ -189,7 +189,7 @@ def test_every_command_has_help_and_json(command, capsys):
     assert main([*command.split(), "--help"]) == 0
     shown = capsys.readouterr().out
     assert "--json" in shown
-    writes_a_file_or_none = ("tune", "doctor", "energy calibrate", "energy report", "energy watch")
+    writes_a_file_or_none = ("tune", "doctor", "generate", "energy calibrate", "energy report", "energy watch")
     assert ("--output-dir" in shown) == (command not in writes_a_file_or_none)
 
 
@@ -359,7 +359,8 @@ def shell_lines(document: str) -> list[str]:
     return [line.split("  #")[0].strip() for line in lines if line.strip()]
 
 
-EXAMPLES = sorted({(document, line) for document in [*DOCUMENTS, "CONTRIBUTING.md"] for line in shell_lines(document)})
+PAGES = [*DOCUMENTS, "CONTRIBUTING.md", "docs/training.md"]
+EXAMPLES = sorted({(document, line) for document in PAGES for line in shell_lines(document)})
 
 
 @pytest.mark.parametrize(("document", "line"), EXAMPLES)
@@ -400,7 +401,7 @@ def test_python_examples_in_the_documents_run(document, capsys):
         exec(compile(block, document, "exec"), {})
 
 
-@pytest.mark.parametrize("document", [*DOCUMENTS, "CONTRIBUTING.md", "docs/architecture.md"])
+@pytest.mark.parametrize("document", [*DOCUMENTS, "CONTRIBUTING.md", "docs/architecture.md", "docs/training.md"])
 def test_links_and_files_named_in_the_documents_exist(document):
     path = ROOT / document
     text = path.read_text()

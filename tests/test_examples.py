@@ -12,17 +12,7 @@ import pytest
 import torch
 
 from moe_gpu.training import MoELanguageModel, TrainConfig
-from tests.training_cases import ROOT
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small products are faster on one thread, and the machine may be shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
+from tests.training_cases import ROOT, one_thread  # noqa: F401
 
 # Examples
 
@@ -53,7 +43,7 @@ def test_simple_example_runs_as_a_script_and_draws_its_loss(tmp_path):
         "--output-dir",
         str(tmp_path),
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "training_loss.png").read_bytes().startswith(b"\x89PNG")

@@ -14,7 +14,7 @@ import moe_gpu
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "moe_gpu"
 
-LEAVES = {"config", "reference", "results", "nvml"}
+LEAVES = {"config", "reference", "results", "nvml", "extras"}
 MANAGERS = {"profiler", "gpu_slice_manager", "expert_cache", "cuda_graph_manager", "energy_monitor", "energy_model"}
 LAYERS = LEAVES | MANAGERS | {"energy_work", "slices", "triton_kernels", "expert_parallel", "model"}
 TOOLS = {"benchmark", "training", "plots", "report", "console"}
@@ -24,6 +24,7 @@ ALLOWED = {
     "__init__": set(),  # lazily, by name
     "config": set(),
     "nvml": set(),
+    "extras": set(),
     "reference": {"config"},
     "results": {"nvml"},
     "triton_kernels": LEAVES,
@@ -67,6 +68,9 @@ OPTIONAL = (
     "scattermoe",
     "sonicmoe",
     "triton_kernels",
+    "tokenizers",
+    "yaml",
+    "tensorboard",
 )
 # Device code cannot be written without Triton at its top; only ops.py reaches it, and only where Triton serves.
 DOOR = "moe_gpu.triton_kernels.ops"

@@ -27,24 +27,7 @@ from moe_gpu.training import (
     train,
 )
 from moe_gpu.training import checkpoint as checkpoint_module
-from tests.training_cases import ROOT, TINY
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small products are faster on one thread, and the machine may be shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def interrupt_at(step):
-    def on_step(done, row):
-        if done == step:
-            raise KeyboardInterrupt
-
-    return on_step
+from tests.training_cases import ROOT, TINY, interrupt_at, one_thread  # noqa: F401
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +47,11 @@ def checkpointed(interrupted, tmp_path) -> Path:
 
 
 def tensor_file(directory: Path) -> Path:
-    (path,) = directory.glob("checkpoint-*.safetensors")
-    return path
+    return max(directory.glob("checkpoint-*.safetensors"))
+
+
+def index_file(directory: Path) -> Path:
+    return max(directory.glob("checkpoint-*.json"))
 
 
 # Learning
@@ -240,7 +226,9 @@ def test_interrupt_between_log_points_keeps_every_step(tmp_path):
         train(TINY, tmp_path, on_step=interrupt_at(7))
     checkpoint = load_checkpoint(tmp_path)
     assert checkpoint.step == 7
-    assert sum(row.num_tokens for row in select(checkpoint.rows, ExpertLoadRow) if row.layer == 0) == 7 * 4 * 32
+    assert checkpoint.loads.steps == [1, 5, 7]
+    assert sum(checkpoint.loads.tokens) == 7 * 4 * 32
+    assert (checkpoint.loads.counts_WLE.sum((0, 2)) == 7 * 4 * 32 * TINY.top_k).all()
     assert evaluate(load_model(tmp_path), load_text(context=32)) > 0
 
 
@@ -273,7 +261,7 @@ def test_ctrl_c_is_handled_as_before_once_training_is_over(tmp_path):
 @pytest.mark.parametrize("killed_at", ["tensors", "index"])
 def test_kill_while_a_checkpoint_is_written_keeps_the_old_one(checkpointed, killed_at):
     """A child of this process dies, as by kill -9, in the middle of its second checkpoint."""
-    suffix = {"tensors": ".safetensors", "index": ".json"}[killed_at]
+    suffix = {"tensors": ".safetensors", "index": "-000020.json"}[killed_at]
     code = (
         "import os, sys, torch; torch.set_num_threads(1)\n"
         "from moe_gpu.training import train\n"
@@ -293,8 +281,8 @@ def test_kill_while_a_checkpoint_is_written_keeps_the_old_one(checkpointed, kill
     assert load_checkpoint(checkpointed).step == 10
     assert load_model(checkpointed).config == TINY
     train(TINY, checkpointed, resume=True)
-    left = {path.name for path in checkpointed.iterdir()}
-    assert left == {"checkpoint.json", tensor_file(checkpointed).name}, "what the killed process left is cleared away"
+    left = {path.name for path in checkpointed.iterdir() if "checkpoint" in path.name}
+    assert len(left) == 4, f"two checkpoints of two files each; the killed process's halves are cleared away: {left}"
     assert load_checkpoint(checkpointed).step == 20
 
 
@@ -315,11 +303,11 @@ def flip(path: Path) -> None:
         (lambda d: truncate(tensor_file(d), 0), "is damaged .*0 bytes"),
         (lambda d: flip(tensor_file(d)), "is damaged .*wrong checksum"),
         (lambda d: tensor_file(d).unlink(), "there is no checkpoint .*safetensors"),
-        (lambda d: truncate(d / "checkpoint.json", 0.5), "checkpoint.json is damaged"),
-        (lambda d: (d / "checkpoint.json").write_bytes(b"\xff\xfe"), "checkpoint.json is damaged"),
-        (lambda d: (d / "checkpoint.json").write_text("[]"), "is not a checkpoint of this version"),
-        (lambda d: (d / "checkpoint.json").write_text('{"format": "moe_gpu.checkpoint/1"}'), "no 'config'"),
-        (lambda d: (d / "checkpoint.json").unlink(), "there is no checkpoint"),
+        (lambda d: truncate(index_file(d), 0.5), "checkpoint-000010.json is damaged"),
+        (lambda d: index_file(d).write_bytes(b"\xff\xfe"), "checkpoint-000010.json is damaged"),
+        (lambda d: index_file(d).write_text("[]"), "is not a checkpoint of this version"),
+        (lambda d: index_file(d).write_text('{"format": "moe_gpu.checkpoint/2"}'), "no 'config'"),
+        (lambda d: index_file(d).unlink(), "there is no checkpoint"),
     ],
 )
 def test_a_damaged_checkpoint_is_one_line(checkpointed, damage, message):

@@ -178,29 +178,77 @@ def bench(
 
 @app.command()
 def train(
+    config_file: Annotated[
+        Path | None, typer.Option("--config", metavar="FILE", help="A run as JSON or YAML; see docs/training.md.")
+    ] = None,
+    fields: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Any field of the configuration (repeat); over --config."),
+    ] = None,
     data: Data = None,
     steps: Annotated[int | None, count("--steps", "Optimiser steps.")] = None,
     experts: Experts = None,
     top_k: TopK = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --output-dir.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest whole checkpoint in --output-dir.")
+    ] = False,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Train nothing: print the whole configuration as JSON.")
+    ] = False,
     output_dir: OutputDir = Path("moe-gpu-output"),
-    seed: Seed = 0,
+    seed: Annotated[int | None, count("--seed", "Seed of weights, data order and samples.", 0)] = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Train a small MoE language model on text.
+    """Train a MoE language model on text.
 
-    Ctrl-C leaves a checkpoint that --resume goes on from.
+    Ctrl-C leaves a checkpoint that --resume goes on from; without --config with the configuration it began with.
     """
     from moe_gpu.runs import run_training, training_config
 
     with interruptible("nothing was trained"), stdout_for_json(as_json):
         config = training_config(
-            device, data=tuple(data) if data else None, steps=steps, num_experts=experts, top_k=top_k, seed=seed
+            device,
+            config_file=config_file,
+            resume_from=output_dir if resume else None,
+            fields=fields or (),
+            data=tuple(data) if data else None,
+            steps=steps,
+            num_experts=experts,
+            top_k=top_k,
+            seed=seed,
         )
-        rows = run_training(output_dir, config, resume=resume)
-    if as_json:
+        rows = [] if print_config else run_training(output_dir, config, resume=resume)
+    if print_config:
+        print(json.dumps(config.to_json(), indent=1))
+    elif as_json:
         print_rows(rows)
+
+
+@app.command()
+def generate(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a training run.")],
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", metavar="TEXT", help="Text to go on from; by default the run's own.")
+    ] = None,
+    tokens: Annotated[int, count("--tokens", "Tokens to generate.")] = 200,
+    temperature: Annotated[
+        float, typer.Option("--temperature", metavar="X", help="0 takes the likeliest token each time.")
+    ] = 0.8,
+    best: Annotated[bool, typer.Option("--best", help="The best checkpoint by held-out loss, not the newest.")] = False,
+    seed: Annotated[int, count("--seed", "Seed of the drawing.", 0)] = 0,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Go on from a prompt with a trained model."""
+    from moe_gpu.runs import run_generate
+
+    with interruptible("nothing was written"), stdout_for_json(as_json):
+        generated = run_generate(
+            directory, prompt=prompt, num_tokens=tokens, temperature=temperature, seed=seed, best=best, device=device
+        )
+    if as_json:
+        print(json.dumps(generated))
 
 
 @app.command()
@@ -331,7 +379,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _fail(str(error), status=1)
     except ImportError as error:
-        from moe_gpu.plots import MissingExtraError
+        from moe_gpu.extras import MissingExtraError
 
         if not isinstance(error, MissingExtraError):
             raise

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from moe_gpu.plots.canvas import MissingExtraError, require_matplotlib
+from moe_gpu.extras import MissingExtraError
+from moe_gpu.plots.canvas import require_matplotlib
 from moe_gpu.plots.experts import draw_expert_utilization, draw_training
 from moe_gpu.plots.speed import draw_ablation, draw_energy, draw_scaling, draw_throughput, draw_utilization
 from moe_gpu.results import Row

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from moe_gpu.extras import require
 from moe_gpu.plots.data import BASELINE, OURS, Gap, Run, Series, dtypes, short, short_tokens
 from moe_gpu.results import Row, write_atomically
 
@@ -55,17 +56,9 @@ _RC = {
 NOT_MEASURED = "not measured"
 
 
-class MissingExtraError(ImportError):
-    """A package that only an extra installs is missing; the message names the extra."""
-
-
 def require_matplotlib() -> Any:
     """The module matplotlib; MissingExtraError in one line where it is not installed."""
-    try:
-        import matplotlib
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("plots need matplotlib, which is not installed: pip install 'moe-gpu[viz]'") from error
-    return matplotlib
+    return require("matplotlib", "viz", "plots need")
 
 
 def styled(draw: Callable[..., Path]) -> Callable[..., Path]:

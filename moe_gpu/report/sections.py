@@ -174,16 +174,22 @@ def training(rows: Sequence[Row]) -> str:
             _over_steps(steps, {"tokens a second": "tokens_per_s"}, "Tokens a second"),
         ]
         logged = table(
-            ["#Step", "#Loss", "#Held-out loss", "#Tokens/s", "#Busiest share", "#Entropy", "#Seconds"],
+            [
+                *("#Step", "#Loss", "#Held-out loss", "#Bits/byte", "#Tokens/s", "#MFU", "#Busiest share", "#Entropy"),
+                *("#Dead experts", "#Seconds"),
+            ],
             [
                 row(
                     [
                         number(one.step, str(one.step)),
                         number(one.loss, f"{one.loss:.4f}"),
                         number(one.eval_loss, None if one.eval_loss is None else f"{one.eval_loss:.4f}"),
+                        number(one.eval_bits_per_byte),
                         number(one.tokens_per_s),
+                        number(one.mfu, None if one.mfu is None else f"{one.mfu:.1%}"),
                         number(one.max_expert_share),
                         number(one.normalised_entropy),
+                        number(*_dead(one), tip="experts without any route, in all layers"),
                         number(one.elapsed_s, f"{one.elapsed_s:.1f}"),
                     ]
                 )
@@ -195,6 +201,11 @@ def training(rows: Sequence[Row]) -> str:
             f"<details><summary>{len(steps)} logged steps</summary>{logged}</details>"
         )
     return "".join(parts)
+
+
+def _dead(one: TrainingRow) -> tuple[int | None, str | None]:
+    dead = None if one.dead_experts is None else sum(one.dead_experts)
+    return dead, None if dead is None else str(dead)
 
 
 def _over_steps(steps: Sequence[TrainingRow], wanted: Mapping[str, str], caption: str) -> str:

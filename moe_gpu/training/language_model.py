@@ -8,10 +8,11 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from moe_gpu.model import AdvancedMoELayer, MoEStats
 from moe_gpu.profiler import ExpertProfiler, RoutingTrace
-from moe_gpu.training.config import DTYPES, VOCAB_SIZE, TrainConfig
+from moe_gpu.training.config import DTYPES, TrainConfig
 
 
 def rotate(x_BNSD: torch.Tensor, angle_SC: torch.Tensor) -> torch.Tensor:
@@ -52,7 +53,7 @@ class Block(nn.Module):
 
 
 class MoELanguageModel(nn.Module):
-    """Bytes to next-byte logits; the output projection is the embedding (tied). `config.seed` decides the weights.
+    """Tokens to next-token logits; the output projection is the embedding (tied). `config.seed` decides the weights.
 
     One `profiler`, shared by all layers, counts the routes of every forward pass outside `unprofiled()`.
     """
@@ -65,7 +66,7 @@ class MoELanguageModel(nn.Module):
         self.profiler = ExpertProfiler(config.num_experts, config.num_layers)
         with torch.random.fork_rng(devices=[]):  # made on the CPU: the same weights on every device
             torch.manual_seed(config.seed)
-            self.embedding = nn.Embedding(VOCAB_SIZE, config.model_dim)
+            self.embedding = nn.Embedding(config.vocab_size, config.model_dim)
             nn.init.normal_(self.embedding.weight, std=0.02)
             self.blocks = nn.ModuleList(Block(config, index, self.profiler) for index in range(config.num_layers))
             self.norm = nn.RMSNorm(config.model_dim)
@@ -75,7 +76,7 @@ class MoELanguageModel(nn.Module):
         self.to(config.device)
 
     def forward(self, tokens_BS: torch.Tensor) -> tuple[torch.Tensor, list[MoEStats]]:
-        """Logits (B, S, 256) and each layer's statistics. Raises ValueError for a sequence longer than the context."""
+        """Logits (B, S, vocab_size) and each layer's statistics. ValueError for a sequence beyond the context."""
         length = tokens_BS.shape[1]
         if length > self.config.context:
             raise ValueError(f"sequence of {length} tokens exceeds context={self.config.context}; cut it")
@@ -84,10 +85,15 @@ class MoELanguageModel(nn.Module):
         with torch.autocast(tokens_BS.device.type, dtype=dtype, enabled=dtype != torch.float32):
             x_BSH = self.embedding(tokens_BS)
             for block in self.blocks:
-                x_BSH, block_stats = block(x_BSH, self.angle_SC[:length])
+                x_BSH, block_stats = self._run(block, x_BSH, self.angle_SC[:length])
                 stats.append(block_stats)
             logits_BSV = F.linear(self.norm(x_BSH), self.embedding.weight)
         return logits_BSV, stats
+
+    def _run(self, block: nn.Module, x_BSH: torch.Tensor, angle_SC: torch.Tensor) -> tuple[torch.Tensor, MoEStats]:
+        if not (self.config.gradient_checkpointing and torch.is_grad_enabled()):
+            return block(x_BSH, angle_SC)
+        return checkpoint(block, x_BSH, angle_SC, use_reentrant=False)  # the profiler passes over the second pass
 
     @property
     def moe_layers(self) -> list[AdvancedMoELayer]:
@@ -114,7 +120,7 @@ class MoELanguageModel(nn.Module):
 def record_trace(
     model: MoELanguageModel, tokens: torch.Tensor, max_tokens: int, source: str = "held-out text"
 ) -> RoutingTrace:
-    """Which experts each of the first `max_tokens` tokens of a text (1-D, bytes) chose in every layer, in text order.
+    """Which experts each of the first `max_tokens` tokens of a text (1-D) chose in every layer, in text order.
 
     The text is cut into sequences of the model's context; the last one may be shorter. Raises ValueError for no tokens.
     """

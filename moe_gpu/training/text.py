@@ -1,29 +1,41 @@
-"""Real text as bytes: one's own files, or the English prose that ships with Python; deterministic batches."""
+"""Real text as tokens: one's own files, or the English prose that ships with Python; deterministic batches."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from moe_gpu.training.tokenizer import ByteTokenizer, Tokenizer
+
 HELD_OUT_SHARE = 0.1
 
 
 @dataclass(frozen=True)
 class Text:
-    """Byte tokens on one device, uint8: `train`, and `held_out`, the last tenth. source: where from, in words."""
+    """Tokens on one device: `train`, and `held_out`, the last tenth. source: where from, in words.
+
+    sha256: of the bytes. bytes_per_token: of the held-out text, on average.
+    """
 
     train: torch.Tensor
     held_out: torch.Tensor
     source: str
     sha256: str
+    tokenizer: Tokenizer
+    bytes_per_token: float
+
+    def bits_per_byte(self, loss: float) -> float:
+        """A held-out loss in nats a token as bits a byte, at the held-out text's mean bytes a token."""
+        return loss / math.log(2) / self.bytes_per_token
 
     def batch(self, step: int, batch_size: int, context: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and next-byte targets of one step, each int64 (batch_size, context).
+        """Inputs and next-token targets of one step, each int64 (batch_size, context).
 
         They depend on the seed and the step alone, so a resumed run sees what an uninterrupted one would have seen.
         """
@@ -46,24 +58,41 @@ class Text:
             yield window[:, :-1], window[:, 1:]
 
 
-def load_text(paths: Sequence[str | Path] = (), device: torch.device | str = "cpu", context: int = 1) -> Text:
+def load_text(
+    paths: Sequence[str | Path] = (),
+    device: torch.device | str = "cpu",
+    context: int = 1,
+    make_tokenizer: Callable[[bytes], Tokenizer] = lambda training_text: ByteTokenizer(),
+) -> Text:
     """The files one after another, or Python's own prose without any; the last tenth is held out.
 
-    Raises ValueError in one line for a file that cannot be read or is empty, and for a text whose held-out part is
-    shorter than one sequence of `context` bytes and its next byte.
+    `make_tokenizer` gets the training part alone. Raises ValueError in one line for a file that cannot be read, is
+    empty or is not UTF-8 where the tokenizer needs that, and for a text of which one of the parts is shorter than one
+    sequence of `context` tokens and its next.
     """
     if paths:
         content, source = b"\n".join(_read(Path(path)) for path in paths), ", ".join(Path(path).name for path in paths)
     else:
         content, source = _python_prose(), "pydoc_data.topics (the language reference that ships with Python)"
-    held_out = int(len(content) * HELD_OUT_SHARE)
-    if held_out < context + 1:
+    cut = len(content) - int(len(content) * HELD_OUT_SHARE)
+    for _ in range(3):  # not between the bytes of one UTF-8 character
+        if cut < len(content) and 0x80 <= content[cut] < 0xC0:
+            cut -= 1
+    try:
+        tokenizer = make_tokenizer(content[:cut])
+        parts = [tokenizer.encode(content[:cut]), tokenizer.encode(content[cut:])]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source} is not UTF-8 text ({error.reason}); give UTF-8, or tokenizer='bytes'") from error
+    name, held_out = tokenizer.name, parts[1].numel()
+    if min(held_out, parts[0].numel()) < context + 1:
         needed = int((context + 1) / HELD_OUT_SHARE)
         raise ValueError(
-            f"{source}: {len(content)} bytes are too short for context={context}; give at least {needed} bytes of text"
+            f"{source}: {sum(part.numel() for part in parts)} {name}s are too short for context={context}; "
+            f"give at least {needed} {name}s of text"
         )
-    tokens = torch.frombuffer(bytearray(content), dtype=torch.uint8).to(device)
-    return Text(tokens[:-held_out], tokens[-held_out:], source, hashlib.sha256(content).hexdigest())
+    trained, kept = (part.to(device) for part in parts)
+    digest = hashlib.sha256(content).hexdigest()
+    return Text(trained, kept, source, digest, tokenizer, (len(content) - cut) / held_out)
 
 
 def _read(path: Path) -> bytes:
