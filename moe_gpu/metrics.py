@@ -11,7 +11,7 @@ from typing import Any
 from moe_gpu.energy_model import EnergyReport
 from moe_gpu.energy_monitor import EnergyMonitor, PowerSampler
 from moe_gpu.nvml import Sample
-from moe_gpu.plots import MissingExtraError
+from moe_gpu.extras import MissingExtraError
 
 ADDRESS = "127.0.0.1"
 

@@ -12,7 +12,8 @@ import torch
 
 from moe_gpu.benchmark.suite import choose_device
 from moe_gpu.console import progress_bar
-from moe_gpu.plots import FIGURES, MissingExtraError, require_matplotlib
+from moe_gpu.extras import MissingExtraError
+from moe_gpu.plots import FIGURES, require_matplotlib
 from moe_gpu.profiler import ExpertProfiler, ExpertSnapshot, RoutingTrace
 from moe_gpu.results import ExpertLoadRow, Row, describe_machine, writable_directory, write_rows
 from moe_gpu.runs import training_config
