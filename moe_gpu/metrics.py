@@ -10,8 +10,8 @@ from typing import Any
 
 from moe_gpu.energy_model import EnergyReport
 from moe_gpu.energy_monitor import EnergyMonitor, PowerSampler
-from moe_gpu.nvml import Sample
 from moe_gpu.extras import MissingExtraError
+from moe_gpu.nvml import Sample
 
 ADDRESS = "127.0.0.1"
 
