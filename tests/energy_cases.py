@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import csv
-import functools
 import math
 import os
 import random
-import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import time as wall
 from collections.abc import Callable
 from pathlib import Path
-
-import pytest
 
 from moe_gpu.energy_model import CalibrationPoint, EnergyModel
 from moe_gpu.energy_monitor import Clock, EnergyMonitor
 from moe_gpu.energy_work import LayerWork, ProductWork
 from moe_gpu.nvml import NvmlError, Sample
 from moe_gpu.results import EnergyMeasurement
+from tests.stand_ins import compiled
 
 ROOT = Path(__file__).resolve().parent.parent
 STATIC_W, J_PER_FLOP, J_PER_BYTE = 120.0, 0.6e-12, 60e-12  # of an invented GPU
@@ -223,18 +219,9 @@ def measured_window(energy_j: float | None = 700.0, duration_s: float = 5.0, **c
 MODEL = EnergyModel.fit(points(0.01), "bfloat16", UUID, "999.99")
 
 
-@functools.cache
 def fake_nvml() -> Path:
-    """The folder of a `libnvidia-ml.so.1` built from fake_nvml.c; the test is skipped where there is no C compiler."""
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
-    if not compiler or not shutil.which(compiler):
-        pytest.skip("no C compiler to build the fake NVML with")
-    folder = Path(tempfile.mkdtemp(prefix="fake_nvml_"))
-    library = folder / "libnvidia-ml.so.1"
-    command = [compiler, "-shared", "-fPIC", "-O1", "-o", str(library), str(ROOT / "tests" / "fake_nvml.c")]
-    built = subprocess.run(command, capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr
-    return folder
+    """The folder of a `libnvidia-ml.so.1` built from nvml_energy.c."""
+    return compiled("nvml_energy.c", "libnvidia-ml.so.1").parent
 
 
 # What a program run by `with_fake_nvml` begins with: the library, and how to steer it.

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,18 +15,12 @@ from moe_gpu.slices.device import described_device
 from moe_gpu.slices.green import GreenPartitions
 from moe_gpu.slices.plan import BackendUnavailableError
 from moe_gpu.slices.policies import SliceAllocationPolicy
-
-SOURCE = Path(__file__).parent / "fake_cuda" / "green.c"
+from tests.stand_ins import compiled
 
 
 @pytest.fixture(scope="module")
-def driver(tmp_path_factory):
-    compiler = shutil.which("gcc") or shutil.which("cc")
-    if compiler is None:
-        pytest.skip("the stand-in for the driver needs a C compiler")
-    path = tmp_path_factory.mktemp("fake_cuda") / "libcuda.so"
-    subprocess.run([compiler, "-shared", "-fPIC", "-o", path, SOURCE], check=True)
-    return path
+def driver():
+    return compiled("cuda_green.c", "libcuda.so")
 
 
 @pytest.fixture

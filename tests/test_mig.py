@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 from itertools import combinations_with_replacement
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -14,19 +11,14 @@ from hypothesis import strategies as st
 
 from moe_gpu.slices.device import KNOWN_DEVICES, described_device
 from moe_gpu.slices.mig import COMPUTE_SLICES, MEMORY_SLICES, MIGError, MIGManager, plan_layout
+from tests.stand_ins import compiled
 
 H200 = described_device("H200")
-SOURCE = Path(__file__).parent / "fake_mig" / "nvml.c"
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    compiler = shutil.which("gcc") or shutil.which("cc")
-    if compiler is None:
-        pytest.skip("the stand-in for NVML needs a C compiler")
-    path = tmp_path_factory.mktemp("fake_mig") / "libnvidia-ml.so"
-    subprocess.run([compiler, "-shared", "-fPIC", "-o", path, SOURCE], check=True)
-    return ctypes.CDLL(str(path))
+def library():
+    return ctypes.CDLL(str(compiled("nvml_mig.c", "libnvidia-ml.so")))
 
 
 @pytest.fixture

@@ -1,0 +1,28 @@
+"""Stand-ins in C for the NVIDIA driver's libraries, compiled by the tests that need them."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+
+
+@functools.cache
+def compiled(source: str, library: str) -> Path:
+    """A library of this name built from a source of this folder, alone in a new folder.
+
+    The test is skipped, saying so, where there is no C compiler.
+    """
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
+    if not compiler or not shutil.which(compiler):
+        pytest.skip("no C compiler to build a stand-in for the driver with")
+    path = Path(tempfile.mkdtemp(prefix="moe_gpu_stand_in_")) / library
+    command = [compiler, "-shared", "-fPIC", "-O1", "-o", str(path), str(Path(__file__).parent / source)]
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    return path
