@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import tempfile
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -30,10 +32,20 @@ def parallelise(expert_parallel: bool) -> Callable[[nn.Module], None]:
         from transformers.distributed import DistributedConfig
         from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
-        model.config.distributed_config = DistributedConfig(
-            tp_plan="auto", tp_size=WORLD, enable_expert_parallel=expert_parallel
-        )
-        apply_tensor_parallelism(model, init_device_mesh("cpu", (WORLD,)))
+        mesh = init_device_mesh("cpu", (WORLD,))
+        if "tp_plan" not in inspect.signature(apply_tensor_parallelism).parameters:  # transformers 5.17
+            model.config.distributed_config = DistributedConfig(
+                tp_plan="auto", tp_size=WORLD, enable_expert_parallel=expert_parallel
+            )
+            apply_tensor_parallelism(model, mesh)
+        else:
+            config = DistributedConfig(tp_size=WORLD, ep_size=WORLD if expert_parallel else 1)
+            model.config.distributed_config = config
+            tp_plan, ep_plan, _ = model._resolve_parallel_plans(config)
+            apply_tensor_parallelism(model, mesh, tp_plan)
+            if expert_parallel:
+                expert_parallelism = import_module("transformers.distributed.expert_parallel")
+                expert_parallelism.apply_expert_parallelism(model, mesh, mesh, ep_plan)
         experts = experts_of(model)[0]
         local = experts.down_proj.to_local().shape
         assert local[0] == (3 if expert_parallel else 6), local

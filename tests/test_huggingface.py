@@ -201,11 +201,46 @@ def test_a_gate_of_the_modules_own_is_called():
     torch.testing.assert_close(serve(experts, *arguments), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_a_norm_after_each_expert_comes_before_the_weights():
+    experts = experts_of(make_model("mixtral"))[0]
+    arguments = routes(experts)
+    without = serve(experts, *arguments)
+    experts.has_post_expert_norm, experts.post_expert_norm = True, nn.LayerNorm(32)
+    hidden, ids, weights = arguments
+    expected = torch.zeros_like(hidden)
+    for k in range(2):
+        for token, expert in enumerate(ids[:, k].tolist()):
+            gate, up = (experts.gate_up_proj[expert] @ hidden[token]).chunk(2)
+            y = experts.down_proj[expert] @ (F.silu(gate) * up)
+            expected[token] += weights[token, k] * experts.post_expert_norm(y)
+    got = serve(experts, *arguments)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(got, without, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("flag", "reason"),
+    [
+        ("has_post_expert_norm", "there is no post_expert_norm"),
+        ("has_shared_scale", "has_shared_scale is set, which this version of moe_gpu does not know"),
+    ],
+)
+def test_what_a_later_transformers_may_add_is_refused_and_not_left_out(flag, reason):
+    model = make_model("mixtral")
+    for experts in experts_of(model):
+        setattr(experts, flag, True)
+    with pytest.raises(ValueError, match=reason):
+        enable(model)
+    with pytest.raises(ValueError, match=reason):
+        serve(experts, *routes(experts))
+
+
 OWN_GATES = {
     "deepseek_v4": "DeepseekV4Experts",
     "glm5_next": "Glm5NextTextExperts",
     "hy_v4": "HYV4Experts",
     "minimax_m3_vl": "MiniMaxM3VLExperts",
+    "muse_spark": "MuseSparkExperts",  # and a norm after each expert
     "openai_privacy_filter": "OpenAIPrivacyFilterExperts",
 }
 
@@ -225,6 +260,8 @@ def test_every_gate_that_transformers_has_is_called(model, experts_class):
         hidden_act="silu",
         swiglu_limit=0.5,
         swiglu_alpha=1.702,
+        moe_hidden_size=32,
+        post_norm_eps=1e-6,
     )
     torch.manual_seed(0)
     experts = getattr(classes, experts_class)(config)

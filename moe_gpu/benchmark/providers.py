@@ -196,6 +196,8 @@ def experts_stand_in(problem: Problem) -> SimpleNamespace:
         has_gate=kind.gated,
         is_transposed=False,
         is_concatenated=True,
+        has_post_expert_norm=False,
+        _is_expert_parallel=False,
         act_fn=act_fn,
         _apply_gate=lambda gate_up: activate_reference(gate_up, c.activation),
     )

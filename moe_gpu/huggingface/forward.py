@@ -90,4 +90,6 @@ def _experts_with_own_gate(
     h_RG = ops.grouped_gemm(rows_RH, weights.up_EGH, routing.offsets_P, weights.up_bias_EG)
     a_RI = experts._apply_gate(h_RG) if experts.has_gate else experts.act_fn(h_RG)
     y_RO = ops.grouped_gemm(a_RI.to(h_RG.dtype), weights.down_EOI, routing.offsets_P, weights.down_bias_EO)
+    if getattr(experts, "has_post_expert_norm", False):
+        y_RO = experts.post_expert_norm(y_RO).to(h_RG.dtype)
     return ops.combine(y_RO, routing)

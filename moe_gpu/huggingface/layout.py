@@ -22,6 +22,8 @@ from moe_gpu.reference import ExpertWeights
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 FP8 = torch.float8_e4m3fn
 _FLAGS = ("config", "has_gate", "has_bias", "is_transposed")
+# What experts may have beyond their weights; a later transformers may know more.
+_KNOWN = ("has_gate", "has_bias", "has_post_expert_norm")
 _GATED = {activation.function: activation.name for activation in ACTIVATIONS.values() if activation.gated}
 
 
@@ -35,6 +37,8 @@ class Conventions:
     def activation_of(self, experts: Any) -> str | None:
         """The activation of `config.ACTIVATIONS` that kernels may apply in the module's place; None: call its own."""
         function = self._function_of(getattr(experts, "act_fn", None))
+        if function is not None and getattr(experts, "has_post_expert_norm", False):
+            return None  # it comes between the experts and their weighted sum
         if function is None or not experts.has_gate:
             return function
         own_gate = getattr(experts._apply_gate, "__func__", None)
@@ -61,6 +65,9 @@ def why_not(experts: Any) -> str | None:
     """Why the weights of a module of the interface cannot be served, or None; reads each weight once."""
     if experts.config._experts_implementation == "deepgemm_megamoe":
         return "deepgemm_megamoe has rearranged its weights; load the model with another experts_implementation"
+    reason = _unknown_part(experts)
+    if reason:
+        return reason
     num_experts = {}
     for name in (up_name(experts), "down_proj"):
         tensor = getattr(experts, name, None)
@@ -83,6 +90,16 @@ def why_not(experts: Any) -> str | None:
     return None
 
 
+def _unknown_part(experts: Any) -> str | None:
+    """What these experts have that would be left out, or None."""
+    for flag, value in vars(experts).items():
+        if flag.startswith("has_") and value is True and flag not in _KNOWN:
+            return f"{flag} is set, which this version of moe_gpu does not know"
+    if getattr(experts, "has_post_expert_norm", False) and not hasattr(experts, "post_expert_norm"):
+        return "has_post_expert_norm is set and there is no post_expert_norm"
+    return None
+
+
 def _plain(tensor: torch.Tensor) -> bool:
     """Whether kernels can read it, DTensors included: transformers and FSDP hand their local parts to the forward."""
     return type(tensor) in (torch.Tensor, nn.Parameter, nn.Buffer) or hasattr(tensor, "to_local")
@@ -100,6 +117,8 @@ def describe(experts: Any, activation: str | None) -> str:
         text += ", transposed"
     if experts.has_bias:
         text += ", biases"
+    if getattr(experts, "has_post_expert_norm", False):
+        text += ", a norm after each expert"
     own = "own gate" if experts.has_gate else "own activation"
     return f"{text}, {activation or own}"
 
@@ -112,7 +131,8 @@ def read_weights(experts: Any, like: torch.Tensor) -> ExpertWeights:
     """
     names = (up_name(experts), "down_proj")
     raw = [getattr(experts, name) for name in names]
-    if any(tensor.dtype != FP8 and tensor.dtype not in FLOATS for tensor in raw):
+    odd = any(tensor.dtype != FP8 and tensor.dtype not in FLOATS for tensor in raw)
+    if odd or (not torch.compiler.is_compiling() and _unknown_part(experts)):
         raise ValueError(f"moe_gpu cannot serve these experts: {why_not(experts)}")
     dtype = _compute_dtype(like, raw)
     stacked, biases = [], []
