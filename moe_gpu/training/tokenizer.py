@@ -72,7 +72,7 @@ class BPETokenizer:
         tokenizers = _tokenizers()
         try:
             return cls(tokenizers.Tokenizer.from_str(text))
-        except Exception as error:
+        except Exception as error:  # tokenizers raises nothing narrower
             raise ValueError(f"not a tokenizer ({error})") from error
 
     def encode(self, content: bytes) -> torch.Tensor:

@@ -31,7 +31,7 @@ SINGLE_LAUNCH_LOGITS = 64 * 256
 # Programs of the choosing launch: one an SM of the GPUs that matter, and few counts for the placing launch to sum.
 MAX_BLOCKS = 128
 # Beyond, programs that wait for the launch before them hold the SMs that it still needs: an H200 takes 30 us with
-# dependent launch and 16 without for 4096 tokens, 128 experts, but 9.6 and 10.5 for 1024.
+# dependent launch and 16 without for 4096 tokens, 128 experts, but 9.6 and 10.5 for 1024 (printed, not recorded).
 PDL_MAX_TOKENS = 2048
 
 _LOWEST = tl.constexpr(-(2**31))  # below the key of every float
