@@ -15,7 +15,7 @@ set -euo pipefail
 mkdir -p "$1"
 folder=$(cd "$1" && pwd)
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-export MOE_GPU_CACHE="$folder"
+export MOE_GPU_CACHE="$folder" PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 python=${PYTHON:-python3}
 case $2 in
 tests) $python -m pytest -q tests/gpu 2>&1 | tee "$folder/tests.log" ;;
