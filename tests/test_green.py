@@ -71,11 +71,14 @@ def test_without_a_driver_or_its_functions_the_reason_names_a_remedy(monkeypatch
     assert set(availability(h200)) == {"device", "cta", "green_context", "mig"}
 
 
+WAITED: list[int] = []  # streams there were each time that one was waited for
+
+
 @pytest.fixture
 def present(fake, monkeypatch):
-    """An H200 that seems to be here, its streams named by their handles."""
+    """An H200 that seems to be here; its streams tell how many there were when one was waited for."""
     cuda = SimpleNamespace(
-        ExternalStream=lambda handle, device: ("stream", handle),
+        ExternalStream=lambda handle, device: SimpleNamespace(synchronize=lambda: WAITED.append(fake.fake_streams())),
         Stream=lambda index: ("stream", None),
         synchronize=lambda index: None,
     )
@@ -97,7 +100,9 @@ def test_the_manager_shows_what_it_asked_for_and_what_it_got(present, fake):
     assert "hardware" in stats["enforced_by"]
     assert manager.budget(1) == 32
     assert fake.fake_streams() == 2, "the former partitions were given back"
+    WAITED.clear()
     manager.close()
+    assert WAITED == [2, 2], "work in the partitions is waited for before they are given back"
     assert fake.fake_contexts() == 0
 
 

@@ -116,10 +116,12 @@ class SliceBench:
             return
         torch.zeros(1, device=self.device)
         made = GreenPartitions(self.device.index or 0, sizes)
+        streams = [torch.cuda.ExternalStream(handle, device=self.device) for handle in made.streams]
         try:
-            streams = [torch.cuda.ExternalStream(handle, device=self.device) for handle in made.streams]
             yield [Part(sms, stream) for sms, stream in zip(made.sms, streams, strict=True)]
         finally:
+            for stream in streams:  # the device's synchronize does not wait for graphs replayed in a green context
+                stream.synchronize()
             torch.cuda.synchronize(self.device)
             for graph in self._graphs:  # before the contexts that they were captured in
                 graph.reset()

@@ -112,6 +112,8 @@ class GreenContextBackend:
 
     def close(self) -> None:
         if self._partitions is not None:
+            for stream in self._streams:  # the device's synchronize does not wait for graphs replayed in a green context
+                stream.synchronize()
             torch.cuda.synchronize(self._device.index)
             self._streams.clear()
             self._partitions.close()
