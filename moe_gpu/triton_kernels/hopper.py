@@ -35,14 +35,12 @@ from moe_gpu.triton_kernels.hopper_common import (
     pass_over,
     piece_layout,
     place_of,
-    prefetch_bytes,
     put,
     ragged,
     stacked_weights,
     tma_load,
-    wait_for_list,
 )
-from moe_gpu.triton_kernels.launch import launch, pdl_options
+from moe_gpu.triton_kernels.launch import launch
 from moe_gpu.triton_kernels.tuning import HopperConfig
 
 
@@ -301,7 +299,6 @@ def _rows_consumer(
 def _grouped_gemm_hopper_kernel(
     a,  # (T, K) pointer if GATHER, else a descriptor of (R, K)
     route_ptr,  # (R,) int32; unused unless GATHER
-    w_ptr,  # the weights of w_desc
     w_desc,  # (E * rows, columns)
     bias_ptr,  # (E, N or 2N); unused unless HAS_BIAS
     out_desc,  # ragged (R, N)
@@ -331,11 +328,8 @@ def _grouped_gemm_hopper_kernel(
     PRODUCER_WARPS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
-    PREFETCH: gl.constexpr,
-    PDL: gl.constexpr,
 ):
     """out = f(A W^T + bias) per expert, as `_grouped_gemm_fwd_kernel`."""
-    wait_for_list(w_ptr, PDL, PREFETCH)
     dtype: gl.constexpr = w_desc.dtype
     slot_layout: gl.constexpr = piece_layout(out_desc.block_shape[3], dtype)
     a_stages = gl.allocate_shared_memory(dtype, [GRANULES * STAGES, 64, BLOCK_K], piece_layout(BLOCK_K, dtype))
@@ -403,7 +397,6 @@ def grouped_gemm_hopper(
         (programs,),
         a if gather else matrix(a, 64, TILE_K),
         route_R,
-        w_ENK,
         w_desc,
         None if bias_EN is None else bias_EN.contiguous(),
         ragged(out, width),
@@ -430,9 +423,7 @@ def grouped_gemm_hopper(
         GROUP_M=config.group_m,
         GRANULES=config.rows // GRANULE,
         CLAIMED=config.claimed,
-        PREFETCH=prefetch_bytes(w_ENK, num_rows, programs),
         num_warps=4,
-        **pdl_options(a.device),
         **group_options(gather, 216 if config.rows == TILE_M else 224),
     )
     return out, h

@@ -29,10 +29,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moe_gpu.triton_kernels.grouped_gemm import apply_function
-from moe_gpu.triton_kernels.launch import launch, pdl_options
+from moe_gpu.triton_kernels.launch import launch, pdl_options, wait_for_previous
 from moe_gpu.triton_kernels.tuning import cdiv, next_power_of_2
 
 # Triton 3.8 renamed these copies.
@@ -42,9 +41,6 @@ copy_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_glo
 
 GRANULE, TILE_M, TILE_N, TILE_K = 64, 128, 256, 64
 LIST_HEAD = gl.constexpr(2)  # before the list of row tiles: how many there are, and a counter of claims
-# A program's lanes, and the bytes each asks for: of 132 programs together 34 MB of the L2's 60. Below so many rows an
-# expert some would be for experts that no row goes to.
-PREFETCH_LANES, PREFETCH_BYTES, PREFETCH_MIN_ROWS_PER_EXPERT = gl.constexpr(128), 2048, 4
 RAGGED_END = gl.constexpr(1 << 30)  # where a ragged dimension ends
 
 
@@ -64,10 +60,7 @@ def _list_tiles_kernel(
     Tiles have GRANULES of 64 rows. Where an expert's do not come out even, the last tile has the rest, or, of three
     granules, the last two have two each: a tile of one granule reads as many weights as one of three.
     """
-    if PDL:
-        # The product may come at once to ask for weights: it waits for this list, as this waits for the routing.
-        gdc_launch_dependents()
-        gdc_wait()
+    wait_for_previous(PDL)
     e = tl.arange(0, BLOCK_E)
     start = tl.load(offsets_ptr + e, mask=e < E, other=0)
     end = tl.load(offsets_ptr + e + 1, mask=e < E, other=0)
@@ -96,29 +89,6 @@ def _list_tiles_kernel(
     if tl.program_id(0) == 0:
         tl.store(tiles_ptr, tl.max(ends, 0))
         tl.store(tiles_ptr + 1, 0)
-
-
-@gluon.jit
-def wait_for_list(w_ptr, PDL: gl.constexpr, PREFETCH: gl.constexpr):
-    """As launch.py's `wait_for_previous`; before it, bring a share of the first experts' weights into the L2, idle until then.
-
-    Which experts are hit is not known yet: this is for loads under which nearly all are.
-    """
-    if PDL:
-        if PREFETCH > 0:
-            layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-            lane = gl.arange(0, PREFETCH_LANES, layout=layout)
-            at = w_ptr.to(gl.int64) + (gl.program_id(0) * PREFETCH_LANES + lane).to(gl.int64) * PREFETCH
-            gl.inline_asm_elementwise(
-                "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
-                "=r,l,r",
-                [at, gl.full([PREFETCH_LANES], PREFETCH, gl.int32, layout=layout)],
-                dtype=gl.int32,
-                is_pure=False,
-                pack=1,
-            )
-        gdc_wait()
-        gdc_launch_dependents()
 
 
 @gluon.jit
@@ -352,13 +322,6 @@ def list_row_tiles(offsets_P: torch.Tensor, num_rows: int, tile_rows: int = TILE
         **pdl_options(offsets_P.device),
     )
     return RowTiles(tiles, capacity, num_rows)
-
-
-def prefetch_bytes(w_ENK: torch.Tensor, num_rows: int, programs: int) -> int:
-    """Bytes that each lane of each program asks for early: 0 where experts may go unhit, or products take long."""
-    few = num_rows < PREFETCH_MIN_ROWS_PER_EXPERT * w_ENK.shape[0]
-    short = w_ENK.numel() * w_ENK.element_size() < programs * PREFETCH_LANES.value * PREFETCH_BYTES
-    return 0 if few or short else PREFETCH_BYTES
 
 
 @functools.cache
