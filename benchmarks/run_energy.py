@@ -363,7 +363,7 @@ def providers(run: Run, model: str) -> None:
                 run.find(name, None, "ratio", reason=why or "not measured")
                 continue
             compared = compare_trials(baseline, ours)
-            run.find_ratio(name, compared.energy, goal, compared.reason, len(ours.valid) // 2)
+            run.find_ratio(name, compared.energy, goal, compared.reason, len(ours.valid))
         release(run)
 
 

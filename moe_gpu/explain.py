@@ -292,7 +292,7 @@ def layer_work(
         step = step or steps.get(kind)
         elements = _elements_per_row(kind, product.weights, c, training, step)
         every_expert = kind.startswith("grad_w")
-        products.append(ProductWork(kind, product.n, product.k, _row_tile(kind, step), elements, every_expert))
+        products.append(ProductWork(kind, product.n, product.k, _row_tile(step), elements, every_expert))
     element = dtype.itemsize
     passes = 3 if training else 1
     combined = (c.top_k + 1) * (c.expert_dim + (c.input_dim if training else 0))
@@ -308,12 +308,12 @@ def layer_work(
     )
 
 
-def _row_tile(kind: str, step: Explanation | None) -> int:
+def _row_tile(step: Explanation | None) -> int:
     """The multiple to which rows of an expert are padded; 1 where no tile is known."""
     if step is None or step.tile is None:
         return 1
-    if step.path == "gluon":  # TILE_M and TILE_K of hopper_common.py, which needs Triton's Gluon
-        return 64 if kind.startswith("grad_w") else 128
+    if step.path == "gluon":  # GRANULE and TILE_K of hopper_common.py, which needs Triton's Gluon
+        return 64
     return step.tile["block_m"]
 
 
