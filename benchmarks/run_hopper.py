@@ -13,7 +13,7 @@ import argparse
 import functools
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module, util
 from pathlib import Path
 from types import MappingProxyType
@@ -220,7 +220,7 @@ def training(recorder: Recorder, ops: TritonExpertOps) -> None:
             torch.cuda.empty_cache()
 
 
-def graph_job(p: Problem, calls: list[Callable[[], torch.Tensor]]) -> tuple[Job, dict[str, Any]]:
+def graph_job(p: Problem, calls: Sequence[Callable[[], torch.Tensor]]) -> tuple[Job, dict[str, Any]]:
     """One replay of all the calls, which compute the problem with a copy of the weights each; every output checked."""
     with torch.no_grad():
         errors = [p.check(call()) for call in calls]

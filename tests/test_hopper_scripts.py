@@ -174,7 +174,7 @@ def test_vllm_is_given_the_problem_as_its_experts_take_it(scripts, problem, monk
 
 
 def test_decode_and_skew_record_every_provider_of_every_problem(scripts, recorder, monkeypatch, capsys):
-    run = scripts.run
+    run, ops = scripts.run, TritonExpertOps("cpu")
     monkeypatch.setattr(run, "DECODE", [(run.QWEN, CONFIG, (1, 2, 8)), (run.DEEPSEEK, CONFIG, (8,))])
     monkeypatch.setattr(run, "SKEW_GRAPH_SIZES", (256,))
     monkeypatch.setattr(run, "SKEW_EAGER_SIZES", (300,))
@@ -186,7 +186,6 @@ def test_decode_and_skew_record_every_provider_of_every_problem(scripts, recorde
     zeros = scripts.peers.Peer("zeros", "nothing", (), lambda w: w, broken)
     missing = scripts.peers.Peer("missing", "absent", (("triton_kernels.matmul", "matmul"),), lambda w: w, broken)
     monkeypatch.setattr(run, "PEERS", (twin, zeros, missing))
-    ops = TritonExpertOps("cpu")
     run.decode(recorder, ops)
     run.skew(recorder, ops)
     rows = select(read_rows(recorder.path), BenchmarkRow)
