@@ -3,7 +3,8 @@
 #
 # tests      every GPU test; first, since nothing is timed on red tests
 # tune       tiles of Qwen3-30B-A3B, those of 192 rows too; FOLDER/tiles/h200.json goes to moe_gpu/triton_kernels/tiles/
-# experts    beside SonicMoE (if installed) and bmm; peak memory; decode; SM budgets
+# experts    beside SonicMoE (if installed) and bmm; peak memory; SM budgets; repeats bit for bit
+# decode     decode and skew in graphs, beside vLLM and triton_kernels (if installed)
 # layer      the whole layer beside its peers, eager launches among them
 # slices     device tables, isolation, the profiler's cost, ADAPTIVE's costs
 # energy1..4 counter; calibration and attribution; qwen; mixtral
@@ -20,7 +21,8 @@ python=${PYTHON:-python3}
 case $2 in
 tests) $python -m pytest -q tests/gpu 2>&1 | tee "$folder/tests.log" ;;
 tune) $python -m moe_gpu tune --preset qwen3-30b-a3b --seconds 540 --output "$folder/h200_tune.jsonl" ;;
-experts) $python benchmarks/run_hopper.py "$folder/h200_experts.jsonl" ;;
+experts) $python benchmarks/run_hopper.py "$folder/h200_experts.jsonl" --table training --table budget --table precision ;;
+decode) $python benchmarks/run_hopper.py "$folder/h200_decode.jsonl" --table decode --table skew ;;
 layer) $python benchmarks/run_h200.py "$folder/h200_layer.jsonl" ;;
 slices) $python benchmarks/run_slices.py "$folder/h200_slices.jsonl" ;;
 energy1) set -- counter power idle overhead trace ;;&
