@@ -1,4 +1,4 @@
-"""CUDA graphs of calls that repeat, streams that fork and join, and work beside other work where that is measured to pay."""
+"""CUDA graphs of calls that repeat, streams that fork and join, and work beside other work where that pays."""
 
 from moe_gpu.cuda_graph_manager.capture import CaptureError
 from moe_gpu.cuda_graph_manager.manager import CUDAGraphManager

@@ -164,6 +164,12 @@ class CUDAGraphManager:
         self._capturer = CudaCapturer()
         self._reset()
 
+    def __str__(self) -> str:
+        return (
+            f"calls of up to {self.buckets[-1]} rows are replayed once {self.min_calls} of a shape were made "
+            f"(at most {self.max_graphs} graphs, {len(self._graphs)} now)"
+        )
+
     def wrap(
         self, function: Callable[[torch.Tensor], Any], watch: Sequence[nn.Module | torch.Tensor] | None = None
     ) -> Callable[[torch.Tensor], Any]:
@@ -190,11 +196,11 @@ class CUDAGraphManager:
         """A number that tells one callable's graphs from another's, for `call`."""
         return next(_OWNERS)
 
-    def call(
-        self, function: Callable[[torch.Tensor], Any], x: torch.Tensor, watch: Sequence[Any], owner: int
-    ) -> Any:
-        """`function(x)`, replayed where it can be. `wrap` without a wrapper: the manager keeps nothing of `function`."""
-        reason = self._why_eager(x, owner)
+    def call(self, function: Callable[[torch.Tensor], Any], x: torch.Tensor, watch: Sequence[Any], owner: int) -> Any:
+        """`function(x)`, replayed where it can be: what `wrap` does, for an `owner` that must not be kept alive."""
+        if torch.compiler.is_compiling():
+            return function(x)
+        reason = self._why_eager(x)
         if reason is None:
             found = Survey.of(watch)
             rows = self.buckets[bisect_left(self.buckets, x.shape[0])]
@@ -221,10 +227,8 @@ class CUDAGraphManager:
             self._eager_calls[reason] += 1
         return function(x)
 
-    def _why_eager(self, x: torch.Tensor, owner: int) -> str | None:
+    def _why_eager(self, x: torch.Tensor) -> str | None:
         """What of a call, whatever is called, keeps it from graphs."""
-        if torch.compiler.is_compiling():
-            return "inside torch.compile"
         if making_a_graph():
             return "part of another graph"
         if torch.is_grad_enabled():
@@ -271,30 +275,34 @@ class CUDAGraphManager:
     def _begin(self, key: GraphKey, function: Callable[[torch.Tensor], Any], x: torch.Tensor, found: Survey) -> Any:
         """Serve this call from the static input, as a rehearsal, then capture; what fails is served as it came."""
         del self._calls[key]
-        reason = None
         try:
-            with torch.inference_mode(False), torch.no_grad():
-                static_x = torch.empty((key.rows, *key.row_shape), dtype=key.dtype, device=key.device)
-                if x.shape[0] < key.rows:
-                    static_x.fill_(float("nan"))
-                static_x[: x.shape[0]].copy_(x)
-            with graph_in_the_making():
-                output = self._capturer.rehearse(lambda: function(static_x), key.device)
-            results = self._results(output, key.rows, x.shape[0], found)
+            static_x, results = self._rehearse(key, function, x, found)
         except CaptureError as error:
             reason = self._unpaddable[key.owner] = str(error)
         except Exception as error:  # noqa: BLE001 a callable raises what it likes
-            reason = _in_one_line(error)
-        if reason is None:
+            reason = f"rehearsal: {_in_one_line(error)}"
+        else:
             self._capture(key, function, static_x, x.shape[0], found)
             return results
-        static_x = output = None
         self._capturer.free()
         self._eager_calls[reason] += 1
         results = function(x)  # what it raises again is the caller's own mistake, and no reason to give the shape up
         if key.owner not in self._unpaddable:
-            self._fail(key, f"rehearsal: {reason}")
+            self._fail(key, reason)
         return results
+
+    def _rehearse(
+        self, key: GraphKey, function: Callable[[torch.Tensor], Any], x: torch.Tensor, found: Survey
+    ) -> tuple[torch.Tensor, Any]:
+        """The static input, which holds x, and the results of `function` on it."""
+        with torch.inference_mode(False), torch.no_grad():
+            static_x = torch.empty((key.rows, *key.row_shape), dtype=key.dtype, device=key.device)
+            if x.shape[0] < key.rows:
+                static_x.fill_(float("nan"))
+            static_x[: x.shape[0]].copy_(x)
+        with graph_in_the_making():
+            output = self._capturer.rehearse(lambda: function(static_x), key.device)
+        return static_x, self._results(output, key.rows, x.shape[0], found)
 
     def _capture(
         self, key: GraphKey, function: Callable[[torch.Tensor], Any], static_x: torch.Tensor, rows: int, found: Survey
@@ -342,7 +350,7 @@ class CUDAGraphManager:
         return sum(graph.memory_bytes for graph in self._graphs.values())
 
     def get_stats(self) -> dict[str, Any]:
-        """Replays, captures, evictions, graphs dropped for weights that moved; eager calls by reason; each failure's reason."""
+        """Replays, captures, evictions, graphs dropped for weights that moved, eager calls by reason, why shapes failed."""
         with self._lock:
             return {
                 "hits": self._hits,

@@ -1,4 +1,4 @@
-"""BatchScheduler: one task beside another, on streams or in slices, where that is measured to be faster than in turn."""
+"""BatchScheduler: one task beside another, on streams or in slices, where that measures faster than in turn."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ STREAMS = Arm("streams")
 
 @dataclass(frozen=True)
 class Choice:
-    """Which arm serves calls of a key, and why: median milliseconds of each arm, and the reasons of those that failed."""
+    """Which arm serves calls of a key, and why. times_ms: median of each arm; refused: why others could not be had."""
 
     at_s: float
     key: Hashable
@@ -122,9 +122,7 @@ def time_graphs(
     return {arm: [start.elapsed_time(end) / replays for start, end in events[arm]] for arm in graphs}, failures
 
 
-Timer = Callable[
-    [Mapping[Arm, Callable[[], Any]], torch.device, int], tuple[dict[Arm, list[float]], dict[Arm, str]]
-]
+Timer = Callable[[Mapping[Arm, Callable[[], Any]], torch.device, int], tuple[dict[Arm, list[float]], dict[Arm, str]]]
 
 
 class BatchScheduler:
@@ -205,7 +203,7 @@ class BatchScheduler:
         if not arm.beside or not self.streams.on_gpu:
             return main(None), side(None)
         main_sms, side_sms = self._budgets(arm)
-        lanes = (None, self.streams.streams[0])
+        lanes: tuple[torch.cuda.Stream | None, ...] = (None, self.streams.streams[0])
         if arm in self._backends:
             backend, _ = self._backends[arm]
             lanes = (backend.stream(0), backend.stream(1))

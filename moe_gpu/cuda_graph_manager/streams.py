@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from moe_gpu.cuda_graph_manager.capture import record_use
-
-Result = TypeVar("Result")
 
 
 class StreamManager:
@@ -21,10 +19,7 @@ class StreamManager:
     """
 
     def __init__(
-        self,
-        num_streams: int = 8,
-        device: torch.device | str | None = None,
-        priorities: Sequence[int] | None = None,
+        self, num_streams: int = 8, device: torch.device | str | None = None, priorities: Sequence[int] | None = None
     ) -> None:
         if num_streams < 1:
             raise ValueError(f"num_streams={num_streams} must be at least 1")
@@ -47,14 +42,16 @@ class StreamManager:
             self._streams = [torch.cuda.Stream(self.device, priority=priority) for priority in self.priorities]
         return tuple(self._streams)
 
-    def run(self, tasks: Sequence[Callable[[], Any]], streams: Sequence[torch.cuda.Stream] | None = None) -> list[Any]:
+    def run(
+        self, tasks: Sequence[Callable[[], Any]], streams: Sequence[torch.cuda.Stream | None] | None = None
+    ) -> list[Any]:
         """Each task's result, in order; the tasks may overlap on the device, and the current stream waits for all.
 
         Task i runs on stream i modulo their number, after everything that the current stream held before. Results are
         safe to use on the current stream, and to free. A task that raises ends the round, but the streams are joined.
         streams: others than the manager's own, such as a slice's; None among them means the current stream.
         """
-        lanes = self.streams if streams is None else tuple(streams)
+        lanes: tuple[torch.cuda.Stream | None, ...] = self.streams if streams is None else tuple(streams)
         if not self.on_gpu or not lanes:
             return [task() for task in tasks]
         current = torch.cuda.current_stream(self.device)
