@@ -47,9 +47,9 @@ class Capturer(Protocol):
 
 
 class CudaCapturer:
-    """Captures on the current stream, so that a slice's graph stays in its slice, or instead of the default one on its own.
+    """Captures on the current stream, so that a slice's graph stays in its slice; not on the default one, but its own.
 
-    That is one stream a device: each costs a workspace of the matrix library.
+    It has one stream a device for that: each costs a workspace of the matrix library.
     """
 
     def __init__(self) -> None:
@@ -76,8 +76,8 @@ class CudaCapturer:
     def rehearse(self, run: Callable[[], Output], device: torch.device) -> Output:
         """Run once where it will be captured, so that nothing is compiled later.
 
-        Raises RuntimeError for a call that waits for the device: that is found out before the capture begins, since a capture that breaks off can leave the allocator and the
-        random generators in a state of capture.
+        Raises RuntimeError for a call that waits for the device. That is found out before the capture begins, since a
+        capture that breaks off can leave the allocator and the random generators in a state of capture.
         """
         outside, stream = torch.cuda.current_stream(device), self._capture_stream(device)
         stream.wait_stream(outside)

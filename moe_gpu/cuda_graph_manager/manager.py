@@ -58,6 +58,7 @@ class Survey:
                 addresses.append(item.data_ptr())
                 continue
             training = training or item.training
+            addresses.append(id(item))  # one without weights may have been replaced too
             for tensors in (item._parameters, item._buffers):
                 addresses += [tensor.data_ptr() for tensor in tensors.values() if tensor is not None]
             if hasattr(type(item), "graph_facts"):  # asked of the type: a module's own look-up is slow when it fails
@@ -350,7 +351,7 @@ class CUDAGraphManager:
         return sum(graph.memory_bytes for graph in self._graphs.values())
 
     def get_stats(self) -> dict[str, Any]:
-        """Replays, captures, evictions, graphs dropped for weights that moved, eager calls by reason, why shapes failed."""
+        """Replays, captures, evictions, graphs dropped for moved weights, eager calls by reason, why shapes failed."""
         with self._lock:
             return {
                 "hits": self._hits,
