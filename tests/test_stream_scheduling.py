@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +17,11 @@ from moe_gpu.cuda_graph_manager.capture import graph_in_the_making
 from moe_gpu.cuda_graph_manager.scheduler import IN_TURN, STREAMS, choose_arm, default_arms
 from moe_gpu.gpu_slice_manager import AdvancedGPUSliceManager
 from moe_gpu.model import AdvancedMoELayer
+from moe_gpu.results import SliceRow, read_rows, select
 from moe_gpu.slices.device import described_device
 from moe_gpu.slices.policies import SliceAllocationPolicy
 
+ROOT = Path(__file__).resolve().parent.parent
 CTA = Arm("cta 96+36", True, "cta", (96, 36))
 
 
@@ -176,3 +182,14 @@ def test_graphs_are_dropped_before_slices_change():
     slices.allocate_slices(0, 2)
     slices.close()
     assert plans == [before, slices.plan.sms]
+
+
+def test_a_trial_of_the_benchmark_runs_every_table_and_measures_nothing(tmp_path):
+    command = [sys.executable, ROOT / "benchmarks" / "run_graphs.py", tmp_path / "rows.jsonl", "--trial"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr + done.stdout
+    rows = select(read_rows(tmp_path / "rows.jsonl"), SliceRow)
+    assert {row.table for row in rows} == {"graphs", "beside"}
+    assert {row.status for row in rows} == {"unavailable"}
+    assert all((row.p50_ms, row.value) == (None, None) for row in rows)

@@ -22,7 +22,8 @@ pytestmark = [
     pytest.mark.skipif(not capable, reason="needs an NVIDIA GPU of compute capability 8.0 or newer"),
 ]
 
-H, I, E, K = 256, 192, 16, 4
+WIDTH, EXPERTS = 256, 16
+SIZES = dict(input_dim=WIDTH, expert_dim=WIDTH, hidden_dim=192, num_experts=EXPERTS, top_k=4)
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -36,15 +37,15 @@ def pair(min_calls: int = 2, max_graphs: int = 16, **options) -> tuple[AdvancedM
     """A layer under graphs, and the same one without."""
     torch.manual_seed(0)
     manager = CUDAGraphManager(min_calls, BUCKETS, max_graphs)
-    layer = AdvancedMoELayer(H, H, I, E, K, use_cuda_graphs=manager, **options).to("cuda", torch.bfloat16).eval()
-    plain = AdvancedMoELayer(H, H, I, E, K, use_cuda_graphs=False, **{**options, "profiler": None})
+    layer = AdvancedMoELayer(**SIZES, use_cuda_graphs=manager, **options).to("cuda", torch.bfloat16).eval()
+    plain = AdvancedMoELayer(**SIZES, use_cuda_graphs=False, **{**options, "profiler": None})
     plain = plain.to("cuda", torch.bfloat16).eval()
     plain.load_state_dict(layer.state_dict())
     return layer, plain
 
 
 def tokens(count: int) -> torch.Tensor:
-    return torch.randn(count, H, device="cuda", dtype=torch.bfloat16)
+    return torch.randn(count, WIDTH, device="cuda", dtype=torch.bfloat16)
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -73,7 +74,7 @@ def test_an_odd_number_of_tokens_has_the_bits_of_the_padded_eager_layer(count):
         x = tokens(count)
         if number % 2:
             x[0, 1] = float("nan")
-        buffer = torch.full((bucket, H), float("nan"), device="cuda", dtype=torch.bfloat16)
+        buffer = torch.full((bucket, WIDTH), float("nan"), device="cuda", dtype=torch.bfloat16)
         buffer[:count] = x
         out, stats = layer(buffer[:count])  # what lies behind it in the caller's buffer is NaN
         real = slice(number % 2, None)
@@ -114,16 +115,16 @@ def test_changed_weights_are_seen_in_place_and_where_they_moved():
 
 
 def test_the_profiler_counts_replays_as_eager_calls_and_no_padding():
-    profiler = ExpertProfiler(E, copy_interval_s=0.0)
+    profiler = ExpertProfiler(EXPERTS, copy_interval_s=0.0)
     layer, plain = pair(profiler=profiler)
-    expected = torch.zeros(E + 1, dtype=torch.int64, device="cuda")
+    expected = torch.zeros(EXPERTS + 1, dtype=torch.int64, device="cuda")
     for count in (3, 4, 3, 3, 4, 2, 1, 2):
         x = tokens(count)
         layer(x)
         expected += plain(x)[1].routing.demand_P
     profiler.flush()
     assert layer.graphs.get_stats()["hits"] >= 3
-    assert torch.equal(profiler.state_LS[0, : E + 1], expected)
+    assert torch.equal(profiler.state_LS[0, : EXPERTS + 1], expected)
     assert int(expected[-1]) == 0
 
 
@@ -162,7 +163,7 @@ def too_large_in_capture(x: torch.Tensor) -> torch.Tensor:
 
 
 def waits(x: torch.Tensor) -> torch.Tensor:
-    return x * (2 if x.isnan().any().item() else 2)
+    return x * 2 if x[0, 0].item() == x[0, 0].item() else x
 
 
 @pytest.mark.parametrize(
@@ -209,8 +210,9 @@ def test_results_are_kept_and_stay_right_over_streams():
     assert layer.graphs.get_stats()["captures"] == 2  # one a stream
 
 
-def test_inference_mode_and_a_capture_of_ones_own():
-    layer, plain = pair()
+@pytest.mark.parametrize("min_calls", [1, 2], ids=["captured inside", "captured outside"])
+def test_inference_mode_and_a_capture_of_ones_own(min_calls):
+    layer, plain = pair(min_calls)
     x = tokens(16)
     for _ in range(3):
         with torch.inference_mode():
@@ -297,11 +299,8 @@ def test_tasks_on_streams_give_the_same_and_join():
     inputs = products(11)
     for _ in range(20):
         results = manager.run([lambda a=a: (a @ a) @ a for a in inputs])
-        total = torch.stack(results).sum(0)
-        del results
-        for a, expected in zip(inputs, [(a @ a) @ a for a in inputs], strict=True):
-            total -= expected
-        assert total.abs().max() < 1e-1
+        for a, result in zip(inputs, results, strict=True):
+            assert_close(result, (a @ a) @ a)
     manager.close()
 
 
