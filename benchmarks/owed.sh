@@ -6,6 +6,7 @@
 # experts    beside SonicMoE (if installed) and bmm; peak memory; decode; SM budgets
 # layer      the whole layer beside its peers, eager launches among them
 # slices     device tables, isolation, the profiler's cost, ADAPTIVE's costs
+# graphs     eager against replay; a shared expert beside the routed ones
 # energy1..4 counter; calibration and attribution; qwen; mixtral
 # models     a transformers model beside grouped_mm and batched_mm
 # cache      the expert cache beside on-demand copies, LRU and resident weights
@@ -23,6 +24,7 @@ tune) $python -m moe_gpu tune --preset qwen3-30b-a3b --seconds 540 --output "$fo
 experts) $python benchmarks/run_hopper.py "$folder/h200_experts.jsonl" ;;
 layer) $python benchmarks/run_h200.py "$folder/h200_layer.jsonl" ;;
 slices) $python benchmarks/run_slices.py "$folder/h200_slices.jsonl" ;;
+graphs) $python benchmarks/run_graphs.py "$folder/h200_graphs.jsonl" ;;
 energy1) set -- counter power idle overhead trace ;;&
 energy2) set -- calibrate attribute intervention slices ;;&
 energy3) set -- qwen ;;&

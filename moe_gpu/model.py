@@ -412,7 +412,8 @@ class AdvancedMoELayer(_MoEBase):
     def use_scheduler(self, scheduler: BatchScheduler | None) -> None:
         """Let a scheduler run the shared expert beside the routed ones where that is faster; None: after each other.
 
-        Not in a slice, nor under an hbm_budget. Raises ValueError for a layer without a shared expert.
+        Not in a slice, under an hbm_budget, in torch.compile, nor away from the scheduler's kind of device. Raises
+        ValueError for a layer without a shared expert.
         """
         if scheduler is not None and self.shared_expert is None:
             raise ValueError("this layer has no shared expert to run beside the others; give shared_hidden_dim")
@@ -539,7 +540,7 @@ class AdvancedMoELayer(_MoEBase):
             rows_TH = x_TH.to(torch.get_autocast_dtype(x_TH.device.type))
         weights = self.expert_weights
         shared_TO: torch.Tensor | None = None
-        if self.scheduler is not None and self._may_schedule():
+        if self.scheduler is not None and self._may_schedule(self.scheduler):
             (out_TO, routing, logits_TE), shared_TO = self.scheduler.run(
                 partial(self._routed, x_TH, rows_TH, weights, router_logits_TE),
                 lambda _: self._shared(x_TH),
@@ -559,8 +560,9 @@ class AdvancedMoELayer(_MoEBase):
             self.profiler.record(routing.demand_P, self.layer_index)
         return out_TO, MoEStats(routing, logits_TE, ops.backend_for(rows_TH.dtype).name)
 
-    def _may_schedule(self) -> bool:
-        return self._hbm is None and self.slice is None and not torch.compiler.is_compiling()
+    def _may_schedule(self, scheduler: BatchScheduler) -> bool:
+        here = scheduler.streams.device.type == self.router_weight.device.type
+        return here and self._hbm is None and self.slice is None and not torch.compiler.is_compiling()
 
     def _shared(self, x_TH: torch.Tensor) -> torch.Tensor | None:
         return None if self.shared_expert is None else self.shared_expert(x_TH)

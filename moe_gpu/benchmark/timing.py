@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from moe_gpu.cuda_graph_manager.capture import record_graph, synchronisation_forbidden
+from moe_gpu.cuda_graph_manager.capture import record_graph, waits_refused
 from moe_gpu.results import Ceiling, percentile
 
 MIN_SAMPLES = 5
@@ -178,7 +178,7 @@ def capture(run: Callable[[], torch.Tensor], device: torch.device) -> CapturedCa
     with torch.cuda.stream(side):
         for _ in range(WARM_UP_CALLS):
             run()
-        with synchronisation_forbidden():
+        with waits_refused():
             run()
     torch.cuda.synchronize(device)
     return CapturedCall(*record_graph(run, side))

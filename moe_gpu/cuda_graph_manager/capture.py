@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 Output = TypeVar("Output")
+WAITED = "called a synchronizing CUDA operation"
 
 
 class CaptureError(RuntimeError):
@@ -59,8 +60,10 @@ class CudaCapturer:
         """Why no call on this device can be captured or replayed now; None where it can."""
         if device.type != "cuda":
             return f"CUDA graphs need an NVIDIA GPU, and the tensors are on {device.type}"
-        with torch.cuda.device(device):
-            return "inside another capture" if torch.cuda.is_current_stream_capturing() else None
+        if device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return self.why_not(device)
+        return "inside another capture" if torch.cuda.is_current_stream_capturing() else None
 
     def stream(self, device: torch.device) -> int:
         return torch.cuda.current_stream(device).cuda_stream
@@ -81,7 +84,7 @@ class CudaCapturer:
         """
         outside, stream = torch.cuda.current_stream(device), self._capture_stream(device)
         stream.wait_stream(outside)
-        with torch.cuda.stream(stream), synchronisation_forbidden():
+        with torch.cuda.stream(stream), waits_refused():
             output = run()
         outside.wait_stream(stream)
         record_use(output, outside)
@@ -121,16 +124,25 @@ def record_graph(run: Callable[[], Output], stream: torch.cuda.Stream) -> tuple[
 
 
 @contextmanager
-def synchronisation_forbidden() -> Iterator[None]:
-    """Inside, PyTorch raises RuntimeError where it would wait for the device."""
+def waits_refused() -> Iterator[None]:
+    """RuntimeError at the end if PyTorch waited for the device inside.
+
+    PyTorch's check concerns every thread: it is only asked to warn, so that no other thread's work fails by it.
+    """
     before = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch calls this debug mode a prototype on each use
-        torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
         try:
             yield
         finally:
             torch.cuda.set_sync_debug_mode(before)
+    for warning in caught:
+        text = str(warning.message)
+        if WAITED in text:
+            raise RuntimeError(f"the call waits for the device ({text.splitlines()[0]})")
+        if "prototype" not in text:  # torch calls this debug mode one on each use
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 _STATE = threading.local()

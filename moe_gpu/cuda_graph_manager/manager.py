@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -36,8 +36,7 @@ FAILED = "a graph of this shape failed before"
 _OWNERS = itertools.count()
 
 
-@dataclass(frozen=True)
-class Survey:
+class Survey(NamedTuple):
     """What a graph of some modules and tensors depends on besides its input, as of this call.
 
     facts: what modules with `graph_facts()` say of themselves; aware: those modules, in the same order.
@@ -57,14 +56,21 @@ class Survey:
             if isinstance(item, torch.Tensor):
                 addresses.append(item.data_ptr())
                 continue
-            training = training or item.training
+            own = (
+                item.__dict__
+            )  # a module's attributes are several times slower to ask for, and this runs in every call
+            training = training or own["training"]
             addresses.append(id(item))  # one without weights may have been replaced too
-            for tensors in (item._parameters, item._buffers):
-                addresses += [tensor.data_ptr() for tensor in tensors.values() if tensor is not None]
-            if hasattr(type(item), "graph_facts"):  # asked of the type: a module's own look-up is slow when it fails
+            for tensors in (own["_parameters"], own["_buffers"]):
+                for tensor in tensors.values() if tensors else ():
+                    if tensor is not None:
+                        addresses.append(tensor.data_ptr())
+            if hasattr(type(item), "graph_facts"):
                 facts.append(item.graph_facts())
                 aware.append(item)
-            pending += [child for child in item._modules.values() if child is not None]
+            for child in own["_modules"].values() if own["_modules"] else ():
+                if child is not None:
+                    pending.append(child)
         return cls(training, tuple(addresses), tuple(facts), tuple(aware))
 
     def conflict(self, padded: bool) -> str | None:
@@ -76,9 +82,11 @@ class Survey:
         return None
 
 
-@dataclass(frozen=True)
-class GraphKey:
-    """What one graph serves. stream: the stream it belongs to, and with it the slice."""
+class GraphKey(NamedTuple):
+    """What one graph serves. stream: the stream it belongs to, and with it the slice.
+
+    A tuple, as `Survey` is: both are made anew in every call.
+    """
 
     owner: int
     rows: int

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from moe_gpu.cuda_graph_manager.capture import Captured, CudaCapturer, making_a_graph
+from moe_gpu.cuda_graph_manager.capture import Captured, CudaCapturer, graph_in_the_making, making_a_graph
 from moe_gpu.cuda_graph_manager.streams import StreamManager
 from moe_gpu.slices.backends import SliceBackend, make_backend
 from moe_gpu.slices.device import DeviceDescription, present_device
@@ -100,7 +100,7 @@ def time_graphs(
     try:
         for arm, call in calls.items():
             try:
-                with torch.no_grad():
+                with torch.no_grad(), graph_in_the_making():
                     capturer.rehearse(call, device)
                     graphs[arm] = capturer.capture(call, device)
             except Exception as error:  # noqa: BLE001 an arm that this device or work cannot have is left out
