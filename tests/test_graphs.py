@@ -354,8 +354,10 @@ def test_an_output_without_a_row_for_each_token_replays_only_where_rows_fill_the
     assert any("has not a row for each" in reason for reason in stats["eager_calls"])
 
 
-def test_modules_are_found_in_callables_and_asked_for_where_there_is_none(module, manager):
-    for function in (module, module.forward, lambda x: module(x), functools.partial(module)):
+def test_modules_are_found_in_callables_and_asked_for_where_there_is_none(module, manager, monkeypatch):
+    monkeypatch.setitem(globals(), "GLOBAL", module)
+    forms = (module, module.forward, lambda x: module(x), functools.partial(module), lambda x: GLOBAL(x))  # noqa: F821
+    for function in forms:
         served = manager.wrap(function)
         call(served, 4, 3)
         module.weight.data = torch.tensor(3.0)

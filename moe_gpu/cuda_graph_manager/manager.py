@@ -184,8 +184,8 @@ class CUDAGraphManager:
     ) -> Callable[[torch.Tensor], Any]:
         """`function` served by graphs. watch: modules and tensors it reads besides x, so that new ones are noticed.
 
-        By default the modules found in the callable: itself, its object, its closure, a partial's arguments. Raises
-        ValueError where there are none.
+        By default the modules found in the callable: itself, its object, its closure, globals that it names, a partial's
+        arguments. Raises ValueError where there are none.
         """
         watched = tuple(_modules_of(function)) if watch is None else tuple(watch)
         if watch is None and not watched:
@@ -407,12 +407,14 @@ def _in_one_line(error: Exception) -> str:
 
 
 def _modules_of(function: Any) -> Iterator[nn.Module]:
-    """Modules that a callable is, belongs to, closes over or was given as a partial's argument."""
+    """Modules that a callable is, belongs to, closes over, names globally or was given as a partial's argument."""
     if isinstance(function, nn.Module):
         yield function
         return
     held = [getattr(function, "__self__", None)]
     held += [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    code, names = getattr(function, "__code__", None), getattr(function, "__globals__", {})
+    held += [names[name] for name in (code.co_names if code else ()) if isinstance(names.get(name), nn.Module)]
     if isinstance(function, functools.partial):
         held += [function.func, *function.args, *function.keywords.values()]
     for item in held:
