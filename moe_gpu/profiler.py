@@ -166,7 +166,7 @@ class ExpertProfiler:
     def discount_invalid(self, routes: int, layer: int = 0) -> None:
         """Take back invalid routes that were counted and were padding, as of a replayed graph; never waits."""
         assert self._state_LS is not None
-        self._state_LS[layer, self.num_experts] -= routes
+        self._state_LS[layer, self.num_experts].sub_(routes)
 
     def poll_if_due(self) -> None:
         """`poll`, if `copy_interval_s` has passed since the last copy began; for after a graph's replay."""

@@ -80,7 +80,7 @@ class Routing:
         """The routing of the first `keep` tokens, where all after them are padding: tokens of NaN logits, dropless."""
         num_tokens, top_k = self.topk_ids_TK.shape
         demand_P = self.demand_P.clone()
-        demand_P[-1] -= (num_tokens - keep) * top_k
+        demand_P[-1].sub_((num_tokens - keep) * top_k)
         return Routing(
             self.topk_ids_TK[:keep],
             self.topk_weights_TK[:keep],

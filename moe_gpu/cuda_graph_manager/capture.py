@@ -47,14 +47,15 @@ class Capturer(Protocol):
     def free(self) -> None: ...
 
 
+# One stream a device for captures from the default stream, made when first needed: each stream costs a workspace of the
+# matrix library, and every layer may have a manager. What is captured there is replayed on the default stream, so that
+# no two graphs use that workspace at once. One thread at a time may rehearse or capture.
+_STREAMS: dict[torch.device, torch.cuda.Stream] = {}
+_ONE_AT_A_TIME = threading.RLock()
+
+
 class CudaCapturer:
-    """Captures on the current stream, so that a slice's graph stays in its slice; not on the default one, but its own.
-
-    It has one stream a device for that: each costs a workspace of the matrix library.
-    """
-
-    def __init__(self) -> None:
-        self._own: dict[torch.device, torch.cuda.Stream] = {}
+    """Captures on the current stream, so that a slice's graph stays in its slice, but never on the default one."""
 
     def why_not(self, device: torch.device) -> str | None:
         """Why no call on this device can be captured or replayed now; None where it can."""
@@ -68,13 +69,14 @@ class CudaCapturer:
     def stream(self, device: torch.device) -> int:
         return torch.cuda.current_stream(device).cuda_stream
 
-    def _capture_stream(self, device: torch.device) -> torch.cuda.Stream:
+    @staticmethod
+    def _capture_stream(device: torch.device) -> torch.cuda.Stream:
         current = torch.cuda.current_stream(device)
         if current != torch.cuda.default_stream(device):
             return current
-        if device not in self._own:
-            self._own[device] = torch.cuda.Stream(device)
-        return self._own[device]
+        if device not in _STREAMS:
+            _STREAMS[device] = torch.cuda.Stream(device)
+        return _STREAMS[device]
 
     def rehearse(self, run: Callable[[], Output], device: torch.device) -> Output:
         """Run once where it will be captured, so that nothing is compiled later.
@@ -82,16 +84,19 @@ class CudaCapturer:
         Raises RuntimeError for a call that waits for the device. That is found out before the capture begins, since a
         capture that breaks off can leave the allocator and the random generators in a state of capture.
         """
-        outside, stream = torch.cuda.current_stream(device), self._capture_stream(device)
-        stream.wait_stream(outside)
-        with torch.cuda.stream(stream), waits_refused():
-            output = run()
-        outside.wait_stream(stream)
+        with _ONE_AT_A_TIME:
+            outside, stream = torch.cuda.current_stream(device), self._capture_stream(device)
+            stream.wait_stream(outside)
+            try:
+                with torch.cuda.stream(stream), waits_refused():
+                    output = run()
+            finally:
+                outside.wait_stream(stream)
         record_use(output, outside)
         return output
 
     def capture(self, run: Callable[[], Any], device: torch.device) -> Captured:
-        with torch.cuda.device(device):
+        with _ONE_AT_A_TIME, torch.cuda.device(device):
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
             before = torch.cuda.memory_reserved()

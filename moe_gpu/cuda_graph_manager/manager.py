@@ -184,8 +184,8 @@ class CUDAGraphManager:
     ) -> Callable[[torch.Tensor], Any]:
         """`function` served by graphs. watch: modules and tensors it reads besides x, so that new ones are noticed.
 
-        By default the modules found in the callable: itself, its object, its closure, globals that it names, a partial's
-        arguments. Raises ValueError where there are none.
+        By default the modules found in the callable: itself, its object, its closure, globals that it names, or a
+        partial's arguments. Raises ValueError where there are none.
         """
         watched = tuple(_modules_of(function)) if watch is None else tuple(watch)
         if watch is None and not watched:
