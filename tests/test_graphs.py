@@ -173,9 +173,14 @@ def test_every_kind_of_input_has_a_graph_of_its_own(module, manager, stand_in):
     for x in (rows(4), rows(4, 5), rows(4).double(), rows(8)):
         for _ in range(3):
             assert torch.equal(served(x), 2 * x)
-    stand_in.streams = 7  # another slice's
-    call(served, 4, 3)
-    assert facts(manager, "captures", "hits", "evictions", "graphs") == (5, 5, 2, 3)
+    assert facts(manager, "captures", "hits", "evictions", "graphs") == (4, 4, 1, 3)
+
+
+def test_every_stream_and_so_every_slice_has_a_graph_of_its_own(module, manager, stand_in):
+    served = manager.wrap(module)
+    for stand_in.streams in (0, 7, 0, 7):
+        call(served, 4, 3)
+    assert facts(manager, "captures", "hits") == (2, 8)
 
 
 def test_two_callables_share_a_manager_and_no_graph(manager):
@@ -292,8 +297,17 @@ def test_a_replaced_submodule_is_noticed(manager):
     stack[1] = nn.Identity().eval()
     assert torch.equal(served(x), 2 * x)
     assert facts(manager, "moved_weights") == (1,)
-    stack.append(nn.ReLU().eval())  # has no weights at all
-    assert torch.equal(served(x), (2 * x).relu())
+
+
+def test_a_replaced_submodule_without_weights_is_noticed(manager):
+    stack = nn.Sequential(Doubling(), nn.ReLU()).eval()
+    served = manager.wrap(stack)
+    x = rows(4)
+    for _ in range(3):
+        served(x)
+    stack[1] = nn.Tanh().eval()
+    assert torch.equal(served(x), (2 * x).tanh())
+    assert facts(manager, "hits", "moved_weights") == (1, 1)
 
 
 @pytest.mark.parametrize("how", ["gradients", "training", "capture", "no rows", "too many", "vector", "autocast"])
@@ -484,7 +498,18 @@ def test_the_profiler_counts_replays_and_no_padding(stand_in):
     assert layer.graphs.get_stats()["hits"] == 4
     assert torch.equal(profiler.state_LS[0, :6], expected)
     assert profiler.snapshot().invalid_routes == 0
-    assert int(profiler.counts_LE().sum()) > 0  # copies went on while graphs were replayed
+
+
+def test_the_profilers_copies_go_on_while_graphs_are_replayed(stand_in):
+    profiler = ExpertProfiler(5, copy_interval_s=0.0)
+    layer, _ = layer_with(stand_in, profiler=profiler)
+    stand_in.capture = lambda run, device: Captured(lambda: None, lambda: None, run(), 1)  # as a graph: runs no Python
+    for _ in range(3):
+        layer(torch.randn(4, 12, dtype=torch.float64))
+    before = profiler._last_copy
+    layer(torch.randn(4, 12, dtype=torch.float64))
+    assert layer.graphs.get_stats()["hits"] == 2
+    assert profiler._last_copy > before
 
 
 def test_a_stack_of_layers_is_one_graph_in_which_its_layers_stand_back(stand_in):
