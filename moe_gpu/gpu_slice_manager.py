@@ -10,7 +10,7 @@ import copy
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -115,7 +115,6 @@ class AdvancedGPUSliceManager:
         self._corrections: dict[str, float] = {}
         self._random = random.Random(seed)
         self.log: deque[Decision] = deque(maxlen=log_size)
-        self._before_change: list[Callable[[], None]] = []
         self.reallocations = self.evictions = 0
         first = unsliced(self.device, "nobody asks for a slice")
         self.plan = replace(first, slices=self._backend.carry_out(first))
@@ -213,19 +212,7 @@ class AdvancedGPUSliceManager:
         self._utilization = {name: value for name, value in self._utilization.items() if name in allocations}
         self._rows = {name: value for name, value in self._rows.items() if name in allocations}
 
-    def before_change(self, callback: Callable[[], None]) -> None:
-        """Call `callback` before slices are replaced or given back, such as `clear` of a CUDAGraphManager.
-
-        A graph captured in a green context must not outlive it.
-        """
-        self._before_change.append(callback)
-
-    def _announce_change(self) -> None:
-        for callback in self._before_change:
-            callback()
-
     def _adopt(self, plan: SlicePlan, decision: Decision) -> None:
-        self._announce_change()
         self.plan = replace(plan, slices=self._backend.carry_out(plan))  # first what may fail
         self.log.append(decision)
 
@@ -380,7 +367,6 @@ class AdvancedGPUSliceManager:
 
     def close(self) -> None:
         """Give partitions back to the device."""
-        self._announce_change()
         self._backend.close()
 
     def get_stats(self) -> dict[str, object]:

@@ -21,10 +21,10 @@ class CaptureError(RuntimeError):
 
 @dataclass(frozen=True)
 class Captured:
-    """A recorded call: `replay()` runs it on the current stream and overwrites the tensors of `output`.
+    """A recorded call: `replay()` runs it on the stream that was current and overwrites the tensors of `output`.
 
-    memory_bytes: what the graph's pool took from the device, without the static input. `release()` waits for the device
-    and gives the memory back.
+    memory_bytes: what the graph's pool took from the device, without the static input. `release()` waits for that
+    stream and gives the memory back.
     """
 
     replay: Callable[[], None]
@@ -103,8 +103,10 @@ class CudaCapturer:
             graph, output = record_graph(run, self._capture_stream(device))
             memory_bytes = max(0, torch.cuda.memory_reserved() - before)
 
+        replayed_on = torch.cuda.current_stream(device)
+
         def release() -> None:
-            torch.cuda.synchronize(device)
+            replayed_on.synchronize()  # a device's synchronize does not wait for graphs in a green context
             graph.reset()
 
         return Captured(graph.replay, release, output, memory_bytes)

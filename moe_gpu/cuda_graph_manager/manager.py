@@ -373,7 +373,7 @@ class CUDAGraphManager:
             }
 
     def clear(self) -> None:
-        """Drop every graph, count and failure: before a slice's plan changes, or to try again what failed."""
+        """Drop every graph, count and failure, so that what failed is tried again."""
         with self._lock:
             for key in list(self._graphs):
                 self._drop(key)

@@ -114,7 +114,9 @@ def time_graphs(
                 end.record()
                 if round_number:  # the first warms up
                     events[arm].append((start, end))
-        torch.cuda.synchronize(device)
+        for pairs in events.values():
+            for _, end in pairs:
+                end.synchronize()
     finally:
         for graph in graphs.values():
             graph.release()
@@ -155,6 +157,9 @@ class BatchScheduler:
         self.choices: dict[Hashable, Choice] = {}
         self.log: deque[Choice] = deque(maxlen=256)
         self._backends: dict[Arm, tuple[SliceBackend, tuple[int, int]]] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BatchScheduler:
+        return self  # copied layers share it, as they share the device and its streams
 
     def run(self, main: Task, side: Task, key: Hashable = None) -> tuple[Any, Any]:
         """Both results, safe to use on the current stream."""
