@@ -7,6 +7,7 @@
 # decode     decode and skew in graphs, beside vLLM and triton_kernels (if installed)
 # layer      the whole layer beside its peers, eager launches among them
 # slices     device tables, isolation, the profiler's cost, ADAPTIVE's costs
+# graphs     eager against replay; a shared expert beside the routed ones
 # energy1..4 counter; calibration and attribution; qwen; mixtral
 # models     a transformers model beside grouped_mm and batched_mm
 # cache      the expert cache beside on-demand copies, LRU and resident weights
@@ -25,6 +26,7 @@ experts) $python benchmarks/run_hopper.py "$folder/h200_experts.jsonl" --table t
 decode) $python benchmarks/run_hopper.py "$folder/h200_decode.jsonl" --table decode --table skew ;;
 layer) $python benchmarks/run_h200.py "$folder/h200_layer.jsonl" ;;
 slices) $python benchmarks/run_slices.py "$folder/h200_slices.jsonl" ;;
+graphs) $python benchmarks/run_graphs.py "$folder/h200_graphs.jsonl" ;;
 energy1) set -- counter power idle overhead trace ;;&
 energy2) set -- calibrate attribute intervention slices ;;&
 energy3) set -- qwen ;;&

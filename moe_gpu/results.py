@@ -212,8 +212,8 @@ class SliceRow:
     """One measurement of slices. status: "ok", "unavailable" or "failed"; `reason` says why unless ok."""
 
     kind: ClassVar[str] = "slice"
-    table: str  # "rate", "launch", "partition", "interference", "isolation", "cost" or "profiler"
-    arm: str  # how the work was kept apart: "alone", "unsliced", "priorities", "cta", "green_context", ...
+    table: str  # "rate", "launch", "partition", "interference", "isolation", "cost", "profiler", "graphs" or "beside"
+    arm: str  # how the work was kept apart, or launched: "alone", "unsliced", "cta", "green_context", "replay", ...
     what: str  # the work that was timed
     status: str = "ok"
     reason: str | None = None
@@ -225,7 +225,7 @@ class SliceRow:
     p99_ms: float | None = None
     max_ms: float | None = None
     value: float | None = None
-    unit: str | None = None  # of `value`: "FLOP/s", "B/s", "background calls/s", "SMs", "ratio"
+    unit: str | None = None  # of `value`: "FLOP/s", "B/s", "B", "ms", "background calls/s", "SMs", "ratio"
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,14 @@ from moe_gpu.cli.cache import CACHE_POLICIES
 from moe_gpu.config import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ["README.md", "QUICKSTART.md", "docs/energy.md", "docs/expert_cache.md", "docs/slicing.md"]
+DOCUMENTS = [
+    "README.md",
+    "QUICKSTART.md",
+    "docs/energy.md",
+    "docs/expert_cache.md",
+    "docs/graphs.md",
+    "docs/slicing.md",
+]
 COMMANDS = ["demo", "bench", "train", "generate", "report", "profile", "tune", "doctor"]
 GROUPS = {"energy": ["measure", "calibrate", "report", "watch"]}
 KEPT = "an earlier run's file\n"
