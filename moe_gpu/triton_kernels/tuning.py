@@ -23,7 +23,11 @@ def next_power_of_2(n: int) -> int:
 
 @dataclass(frozen=True)
 class GemmConfig:
-    """Tile of a grouped product: BLOCK_M rows, BLOCK_N columns (of each half when gated), BLOCK_K deep."""
+    """Tile of a grouped product: BLOCK_M rows, BLOCK_N columns (of each half when gated), BLOCK_K deep.
+
+    smaller_ms: rows of the smaller tiles, one of which takes what is left of an expert's rows after tiles of BLOCK_M:
+    powers of two from 16 to 64, each once. Of the products by `grouped_gemm_forward` alone (`up`, `down`, `grad_x`).
+    """
 
     block_m: int
     block_n: int
@@ -32,6 +36,7 @@ class GemmConfig:
     num_stages: int
     group_m: int = 8
     programs_per_sm: int = 1
+    smaller_ms: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

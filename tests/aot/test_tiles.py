@@ -83,6 +83,7 @@ def test_gemm_tile(arch, kind, config):
         "BLOCK_K": config.block_k,
         "GROUP_M": config.group_m,
         "GROUP_N": config.group_m,
+        "SMALLER": sum(config.smaller_ms),
         "w_stride_n" if by_column else "w_stride_k": 1,
     }
     kernel = {
