@@ -162,7 +162,7 @@ class TileRow:
     kind: ClassVar[str] = "tile"
     kernel: str  # a kind of product in `tuning.KINDS`, or "mlp"
     problem: str
-    config: dict[str, int]
+    config: dict[str, int | tuple[int, ...]]
     time_ms: float | None = None
     tflops: float | None = None
     error: str | None = None

@@ -315,6 +315,9 @@ def tune(
     sm_budgets: Annotated[
         list[str] | None, many("--sm-budget", whole_number(1), "N,...", "SMs to use; all by default")
     ] = None,
+    routing: Annotated[
+        str, typer.Option("--routing", metavar="NAME", help="The load to tune for: uniform or zipf-S.")
+    ] = "uniform",
     seconds: Annotated[int, count("--seconds", "When to stop, about.")] = 600,
     output: Annotated[
         Path | None,
@@ -335,6 +338,7 @@ def tune(
             tokens=whole(tokens),
             kinds=kinds or None,
             sm_budgets=whole(sm_budgets),
+            routing=routing,
             seconds=seconds,
             output=output,
             dry_run=dry_run,

@@ -4,11 +4,11 @@ Persistent: the grid is the number of programs the device runs at once, and each
 Which expert a row tile belongs to is found from the offsets on the device: nothing is read back, no list of tiles
 is built. Rows past an expert's last are clamped on the way in and masked on the way out.
 
-Load-aware tiles: a kernel may hold several classes of row tiles, each a product of its own shape. An expert's rows go in
-tiles of the largest class and the rest in one of the smallest class that holds it, so that an expert of many rows
-reads its weights seldom and one of few pads little, in the same launch. All tiles of a class come before those of
-the next smaller one and programs take them in turn, the longest first; the second half of the programs runs its own in
-the opposite order, so that tiles bound by arithmetic and tiles bound by weights run side by side.
+Load-aware tiles: one launch may hold several classes of row tiles, each a product of its own shape. An expert's rows go
+in tiles of the largest class and what is left in one of the smallest class that holds it, so that an expert of many
+rows reads its weights seldom and one of few pads little. All tiles of a class come before those of the next smaller
+one and programs take them in turn, the longest first; the second half of the programs runs its own in the opposite
+order, so that tiles bound by arithmetic and tiles bound by weights run side by side.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ import triton.language as tl
 
 from moe_gpu.config import ACTIVATIONS
 from moe_gpu.triton_kernels.launch import launch
-from moe_gpu.triton_kernels.tuning import HOPPER_SHARED_BYTES, GemmConfig, cdiv, next_power_of_2
+from moe_gpu.triton_kernels.tuning import HOPPER_SHARED_BYTES, ROW_CLASSES, GemmConfig, cdiv, next_power_of_2
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
 SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
-# Row tiles of several classes in one launch are powers of two from 16, the least of the tensor cores, to 128.
-LARGEST_ROW_TILE = tl.constexpr(128)
-NUM_ROW_CLASSES = tl.constexpr(4)
+# The classes of row tiles are powers of two: as many as there are, from the largest down.
+LARGEST_ROW_TILE = tl.constexpr(ROW_CLASSES[-1])
+NUM_ROW_CLASSES = tl.constexpr(len(ROW_CLASSES))
 
 
 @triton.jit
@@ -61,7 +61,7 @@ def _tile_ends(offsets_ptr, E, SIZE: tl.constexpr, BLOCK_M: tl.constexpr, SMALLE
         rest = (end - start) % BLOCK_M
         size = tl.full((BLOCK_E,), BLOCK_M, tl.int32)  # of the tile that takes the rest
         for step in tl.static_range(NUM_ROW_CLASSES):
-            if SMALLER & (LARGEST_ROW_TILE >> step):
+            if (LARGEST_ROW_TILE >> step) & SMALLER:
                 size = tl.where(rest <= (LARGEST_ROW_TILE >> step), LARGEST_ROW_TILE >> step, size)
         tiles = ((rest > 0) & (size == SIZE)).to(tl.int32)
         if SIZE == BLOCK_M:
@@ -95,7 +95,7 @@ def _first_tile(offsets_ptr, E, size, num_n, BLOCK_M: tl.constexpr, SMALLER: tl.
     """This program's first tile of the class of `size` rows: it takes every so many-th, counted over all classes."""
     larger = 0
     for step in tl.static_range(NUM_ROW_CLASSES):
-        if (BLOCK_M | SMALLER) & (LARGEST_ROW_TILE >> step):
+        if (LARGEST_ROW_TILE >> step) & (BLOCK_M | SMALLER):
             ends = _tile_ends(offsets_ptr, E, LARGEST_ROW_TILE >> step, BLOCK_M, SMALLER, BLOCK_E)
             larger += tl.where(size < (LARGEST_ROW_TILE >> step), tl.max(ends, 0), 0)
     programs = tl.num_programs(0)
@@ -355,7 +355,7 @@ def _grouped_gemm_fwd_kernel(
             size = _class_in_turn(turn)
             first = _first_tile(offsets_ptr, E, size, tl.cdiv(N, BLOCK_N), BLOCK_M, SMALLER, BLOCK_E)
             for step in tl.static_range(NUM_ROW_CLASSES):
-                if (BLOCK_M | SMALLER) & (LARGEST_ROW_TILE >> step):
+                if (LARGEST_ROW_TILE >> step) & (BLOCK_M | SMALLER):
                     if size == (LARGEST_ROW_TILE >> step):
                         _forward_tiles(
                             a_ptr, route_ptr, w_ptr, bias_ptr, out_ptr, h_ptr, offsets_ptr, first, E, N, K,

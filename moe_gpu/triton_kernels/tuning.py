@@ -21,12 +21,16 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
+# Row tiles that one launch can hold: from the least of the tensor cores' products on.
+ROW_CLASSES = (16, 32, 64, 128)
+
+
 @dataclass(frozen=True)
 class GemmConfig:
     """Tile of a grouped product: BLOCK_M rows, BLOCK_N columns (of each half when gated), BLOCK_K deep.
 
     smaller_ms: rows of the smaller tiles, one of which takes what is left of an expert's rows after tiles of BLOCK_M:
-    powers of two from 16 to 64, each once. Of the products by `grouped_gemm_forward` alone (`up`, `down`, `grad_x`).
+    some of ROW_CLASSES. Of the products by `grouped_gemm_forward` alone (`up`, `down`, `grad_x`).
     """
 
     block_m: int
@@ -37,6 +41,15 @@ class GemmConfig:
     group_m: int = 8
     programs_per_sm: int = 1
     smaller_ms: tuple[int, ...] = ()
+
+
+def row_classes_fit(tile: GemmConfig) -> bool:
+    """Whether the classes of row tiles are what one launch can hold: none, or some of ROW_CLASSES below BLOCK_M."""
+    smaller = tile.smaller_ms
+    if not smaller:
+        return smaller == ()
+    known = isinstance(smaller, tuple) and set(smaller) <= set(ROW_CLASSES) and len(set(smaller)) == len(smaller)
+    return known and tile.block_m in ROW_CLASSES and max(smaller) < tile.block_m
 
 
 @dataclass(frozen=True)
