@@ -35,8 +35,15 @@ from moe_gpu.config import PRESETS
 from moe_gpu.explain import Gpu, LayerProduct, hopper_reason, layer_products, present_gpu
 from moe_gpu.results import BenchmarkRow, Row, describe_machine, stamp, write_rows
 from moe_gpu.triton_kernels.tile_table import Tile, path_of
-from moe_gpu.triton_kernels.tuning import GemmConfig, HopperConfig, gemm_config, half_tiles, operand_bytes
-from moe_gpu.tune import DTYPE, Case, Operands, compare, compile_all, load_aware_tiles
+from moe_gpu.triton_kernels.tuning import (
+    GemmConfig,
+    HopperConfig,
+    gemm_config,
+    half_tiles,
+    load_aware_tiles,
+    operand_bytes,
+)
+from moe_gpu.tune import DTYPE, Case, Operands, compare, compile_all
 
 PRESET = "qwen3-30b-a3b"
 TOKENS = (256, 512, 1024, 2048, 4096, 8192)

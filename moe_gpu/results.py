@@ -58,6 +58,10 @@ class Ceiling:
     how: str
 
 
+# The scope of rows whose "providers" are one layer with more or fewer of its parts.
+ABLATION = "ablation"
+
+
 @dataclass(frozen=True)
 class BenchmarkRow:
     """One provider on one shape, routing, pass and launch mode.

@@ -45,7 +45,15 @@ from moe_gpu.triton_kernels.tile_table import (
     rows_bucket,
     write_table,
 )
-from moe_gpu.triton_kernels.tuning import KINDS, GemmConfig, HopperConfig, gather_first, half_tiles, operand_bytes
+from moe_gpu.triton_kernels.tuning import (
+    KINDS,
+    GemmConfig,
+    HopperConfig,
+    gather_first,
+    half_tiles,
+    load_aware_tiles,
+    operand_bytes,
+)
 
 if TYPE_CHECKING:
     from moe_gpu.triton_kernels.products import Products
@@ -144,16 +152,6 @@ def candidates(kind: str, rows_per_expert: float, shared_bytes: int, gated: bool
     found += _plain_candidates(kind, rows_per_expert)
     found += load_aware_tiles(kind)
     return [tile for tile in dict.fromkeys(found) if operand_bytes(kind, tile, gated) < shared_bytes]
-
-
-def load_aware_tiles(kind: str) -> list[GemmConfig]:
-    """Tiles of several classes in one launch: a shape for few rows an expert, and one for many."""
-    few = {"up": GemmConfig(128, 64, 64, 8, 3, 8, 2), "down": GemmConfig(128, 128, 64, 8, 3, 8, 2)}
-    many = {"up": GemmConfig(128, 128, 64, 8, 4, 16), "down": GemmConfig(128, 256, 64, 8, 4, 16)}
-    few["grad_x"], many["grad_x"] = few["down"], many["down"]
-    if kind not in few:
-        return []
-    return [replace(tile, smaller_ms=smaller) for tile in (few[kind], many[kind]) for smaller in ((16, 64), (64,))]
 
 
 def _plain_candidates(kind: str, rows_per_expert: float) -> Iterator[GemmConfig]:

@@ -121,6 +121,9 @@ def bench(
     energy: Annotated[
         bool, typer.Option("--energy", help="Also measure joules per token, 20 s for each row (needs an NVIDIA GPU).")
     ] = False,
+    ablation: Annotated[
+        bool, typer.Option("--ablation", help="Instead, what each part of the layer brings, and 4 to 256 experts.")
+    ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="The small preset, few sizes.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Every preset that fits this device. Takes long.")] = False,
     output_dir: OutputDir = Path("moe-gpu-output"),
@@ -169,6 +172,7 @@ def bench(
             seed=seed,
             device=device,
             energy=energy,
+            ablation=ablation,
         )
     if as_json:
         print_rows(rows)

@@ -228,6 +228,16 @@ def gemm_config(
     return next(tile for limit, tile in half_tiles(kind, shared_bytes).items() if rows_per_expert <= limit)
 
 
+def load_aware_tiles(kind: str) -> list[GemmConfig]:
+    """Tiles of several classes in one launch: a shape for few rows an expert, and one for many."""
+    few = {"up": GemmConfig(128, 64, 64, 8, 3, 8, 2), "down": GemmConfig(128, 128, 64, 8, 3, 8, 2)}
+    many = {"up": GemmConfig(128, 128, 64, 8, 4, 16), "down": GemmConfig(128, 256, 64, 8, 4, 16)}
+    few["grad_x"], many["grad_x"] = few["down"], many["down"]
+    if kind not in few:
+        return []
+    return [replace(tile, smaller_ms=smaller) for tile in (few[kind], many[kind]) for smaller in ((16, 64), (64,))]
+
+
 def mlp_config(
     dtype: torch.dtype,
     hidden_dim: int,

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from moe_gpu.triton_kernels import expert_mlp, grouped_gemm, grouped_gemm_grad, tile_table, tuning
-from moe_gpu.triton_kernels.tuning import GemmConfig
-from moe_gpu.tune import load_aware_tiles
+from moe_gpu.triton_kernels.tuning import GemmConfig, load_aware_tiles
 from tests.aot.compiling import Compiled, compile_for
 
 SHARED_LIMIT = {80: tuning.AMPERE_SHARED_BYTES, 89: tuning.SMALL_SHARED_BYTES, 90: tuning.HOPPER_SHARED_BYTES}

@@ -10,7 +10,7 @@ from moe_gpu.triton_kernels import tile_table, tuning
 from moe_gpu.triton_kernels.grouped_gemm import shared_bytes
 from moe_gpu.triton_kernels.ops import TritonExpertOps
 from moe_gpu.triton_kernels.products import Products
-from moe_gpu.tune import load_aware_tiles
+from moe_gpu.triton_kernels.tuning import load_aware_tiles
 from tests.gpu.test_kernels import REAL_CASES
 from tests.kernel_cases import EXPERT_CASES, ExpertCase, check_experts, make_problem
 from tests.load_aware_cases import CLASSES, COUNTS, check_products, check_tiles
