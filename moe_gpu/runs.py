@@ -69,9 +69,11 @@ def run_bench(
         raise ValueError(f"--quick chooses its own preset; leave out {'--full' if full else f'--preset {preset}'}")
     chosen = {name: value for name, value in options.items() if value is not None}
     if ablation:
-        refused = {"--quick": quick, "--full": full, "--energy": energy, "--trace": trace}
-        refused |= {f"--{option}": chosen.get(f"{option}s") for option in ("mode", "provider", "launche")}
-        _refuse("--ablation", refused)
+        others = {"--quick": quick, "--full": full, "--energy": energy, "--trace": trace, "--mode": chosen.get("modes")}
+        others |= {"--provider": chosen.get("providers"), "--launch": chosen.get("launches")}
+        clashing = [name for name, value in others.items() if value]
+        if clashing:
+            raise ValueError(f"--ablation does not go with {' and '.join(clashing)}; leave one of them out")
         return _run_ablation(output_dir, preset, _given(sizes), routings, chosen)
     if routings or trace:
         chosen["routings"] = list(routings or ["trace"])
@@ -111,13 +113,6 @@ def run_bench(
             print(remark)
     print(f"results: {directory / RESULTS_FILE}")
     return rows
-
-
-def _refuse(option: str, others: Mapping[str, object]) -> None:
-    """ValueError for options that do not go with another."""
-    given = [name.replace("launche", "launch") for name, value in others.items() if value]
-    if given:
-        raise ValueError(f"{option} chooses its own {given[0].removeprefix('--')}; leave out {' and '.join(given)}")
 
 
 def _run_ablation(
