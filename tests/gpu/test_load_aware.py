@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from moe_gpu.benchmark.timing import capture
-from moe_gpu.triton_kernels import tile_table, tuning
+from moe_gpu.triton_kernels import tuning
 from moe_gpu.triton_kernels.grouped_gemm import shared_bytes
 from moe_gpu.triton_kernels.ops import TritonExpertOps
-from moe_gpu.triton_kernels.products import Products
-from moe_gpu.triton_kernels.tuning import load_aware_tiles
+from moe_gpu.triton_kernels.products import Products, given_tiles
 from tests.gpu.test_kernels import REAL_CASES
 from tests.kernel_cases import EXPERT_CASES, ExpertCase, check_experts, make_problem
 from tests.load_aware_cases import CLASSES, COUNTS, check_products, check_tiles
@@ -38,25 +37,17 @@ def test_products(counts, classes, dtype):
 
 
 @pytest.fixture(params=[0, -1], ids=["for few rows", "for many rows"])
-def load_aware(request, monkeypatch):
+def load_aware(request):
     """The tuner's load-aware tiles serve `up`, `down` and `grad_x` at any load; the Gluon kernels do not."""
     limit = shared_bytes(torch.device("cuda"))
     tiles = {}
     for kind in ("up", "down", "grad_x"):
-        fitting = [tile for tile in load_aware_tiles(kind) if tuning.operand_bytes(kind, tile) < limit]
+        fitting = [tile for tile in tuning.load_aware_tiles(kind) if tuning.operand_bytes(kind, tile) < limit]
         if not fitting:
             pytest.skip(f"no load-aware tile fits {limit} bytes of shared memory")
-        tiles[kind] = {tuning._ANY: fitting[request.param]}
-    for table in ("_HALF", "_SMALL"):
-        monkeypatch.setattr(tuning, table, getattr(tuning, table) | tiles)
-    monkeypatch.setattr(
-        tuning, "_NARROWER", tuning._NARROWER | {kind: tile[tuning._ANY] for kind, tile in tiles.items()}
-    )
-    monkeypatch.setattr(tuning, "HOPPER_MIN_ROWS_PER_EXPERT", tuning._ANY)
-    monkeypatch.setattr(tile_table, "tables", lambda name: ())
-    tile_table.choose_tile.cache_clear()
-    yield
-    tile_table.choose_tile.cache_clear()
+        tiles[kind] = fitting[request.param]
+    with given_tiles(tiles):
+        yield
 
 
 @pytest.mark.parametrize("case", [*EXPERT_CASES, *REAL_CASES], ids=lambda case: case.name)
