@@ -116,9 +116,13 @@ def measure_pass(
     row_budget_s: float,
     report: Callable[[int, str], None],
     energy: EnergyPlan | None = None,
-    known: Mapping[str, Provider] = PROVIDERS,
+    known: Mapping[str, Provider] | None = None,
 ) -> list[BenchmarkRow]:
-    """A row for each provider by its name in `known`; `report(index, name)` is told which one is being prepared."""
+    """A row for each provider by its name in `known` (PROVIDERS without it).
+
+    `report(index, name)` is told which one is being prepared.
+    """
+    known = PROVIDERS if known is None else known
     device = one_pass.problem.device
     timer = Timer(device)
     entries = [_Entry(name) for name in providers]
