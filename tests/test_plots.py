@@ -280,6 +280,15 @@ def test_single_points_of_a_sweep_over_experts_are_drawn_as_a_line_alone(texts, 
     assert "16 experts" not in texts.all
     line = next(axis for axis in texts.panels if axis.get_xlabel() == "experts").lines[0]
     assert list(line.get_xdata()) == [4, 8, 16]
+    plots.draw_throughput([GPU, *swept], tmp_path / "t.png")
+    assert "see scaling_analysis.png" in texts.all
+
+
+def test_a_reason_that_all_parts_share_is_said_once(texts, tmp_path):
+    parts = part_rows(**{"baseline": 8.0, "+ kernels": None, "+ graphs": None})
+    plots.draw_ablation([CPU, *small_rows(), *parts], tmp_path / "a.png")
+    (said,) = [text.get_text() for text in texts.panels[-2].texts if "no such GPU" in text.get_text()]
+    assert said == "no such GPU"
 
 
 def test_ablation_without_graphs_says_so(texts, tmp_path):

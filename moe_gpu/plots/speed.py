@@ -62,6 +62,7 @@ _GRAPH_NOTE = "Dashed lines with open markers: replayed as a CUDA graph."
 _PARTS_NOTE = "Parts: one layer with a shared expert; of slices and streams the fastest way that there is serves."
 # How the variants of an ablation are called: with a part added to those before it, and with all parts but one.
 ADDED, LEFT_OUT = "+ ", "all but "
+_ONLY_SWEPT = "Every shape is one point of a row of layers that differ in experts alone: see scaling_analysis.png."
 _NO_BENCHMARK = "These results hold no benchmark rows."
 Lines = dict[Series, dict[int, BenchmarkRow]]
 
@@ -269,7 +270,11 @@ def _strip(axis: Axes, strip: Sequence[tuple[str, str, list[float], str]]) -> No
     """One line for each entry: its ratios as dots on a log axis around 1, their geometric mean and count as text."""
     found = [ratio for _, _, ratios, _ in strip for ratio in ratios]
     if not found:
-        reasons = dict.fromkeys(f"{label}: {why}" for label, _, _, why in strip if why)
+        labels: dict[str, list[str]] = {}
+        for label, _, _, why in strip:
+            if why:
+                labels.setdefault(why, []).append(label)
+        reasons = [f"{named[0]}: {why}" if len(named) == 1 else why for why, named in labels.items()]
         say_nothing(axis, "; ".join(reasons) or "No row was launched both eagerly and as a CUDA graph.")
         return
     low, high = min([*found, 1.0]) / 1.15, max([*found, 1.0]) * 1.15
@@ -389,7 +394,7 @@ def _sheet(
     """
     if not facets and not extra:
         blank = page((1, 1), title, runs, notes=notes)
-        say_nothing(blank.axes[0][0], _NO_BENCHMARK)
+        say_nothing(blank.axes[0][0], _ONLY_SWEPT if table else _NO_BENCHMARK)
         return blank
     labels = {series.label for lines in table.values() for series in lines}
     margins = (0.75, label_margin(labels))
