@@ -11,6 +11,8 @@
 # energy1..4 counter; calibration and attribution; qwen; mixtral
 # models     a transformers model beside grouped_mm and batched_mm
 # cache      the expert cache beside on-demand copies, LRU and resident weights
+# rows       load-aware tiles beside every single tile, the Gluon kernels and torch._grouped_mm
+# ablation   what each part of the layer brings, and 4 to 256 experts
 # training   tokens/s, MFU, memory, bitwise resume
 set -euo pipefail
 [ $# -eq 2 ] || { sed -n 's/^# \{0,1\}//p' "$0" | sed 1d; exit 2; }
@@ -34,6 +36,8 @@ energy4) set -- mixtral ;;&
 energy?) $python benchmarks/run_energy.py "$folder/h200_energy.jsonl" "${@/#/--section=}" ;;
 models) $python benchmarks/run_huggingface.py "$folder/h200_models.jsonl" ;;
 cache) $python benchmarks/run_expert_cache.py "$folder/h200_expert_cache.jsonl" ;;
+rows) $python benchmarks/run_tiles.py "$folder/h200_load_aware.jsonl" ;;
+ablation) $python -m moe_gpu bench --ablation --output-dir "$folder/h200_ablation" ;;
 training) $python benchmarks/run_training.py "$folder/h200_training.jsonl" ;;
 *) echo "owed.sh: error: no step '$2'; see the head of this file" >&2; exit 2 ;;
 esac

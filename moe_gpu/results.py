@@ -58,6 +58,10 @@ class Ceiling:
     how: str
 
 
+# The scope of rows whose "providers" are one layer with more or fewer of its parts.
+ABLATION = "ablation"
+
+
 @dataclass(frozen=True)
 class BenchmarkRow:
     """One provider on one shape, routing, pass and launch mode.
@@ -162,7 +166,7 @@ class TileRow:
     kind: ClassVar[str] = "tile"
     kernel: str  # a kind of product in `tuning.KINDS`, or "mlp"
     problem: str
-    config: dict[str, int]
+    config: dict[str, int | tuple[int, ...]]
     time_ms: float | None = None
     tflops: float | None = None
     error: str | None = None

@@ -18,6 +18,7 @@ from moe_gpu import AdvancedMoELayer, ExpertProfiler, layer_energy
 from moe_gpu.config import PRESETS
 from moe_gpu.energy import standard_workloads
 from moe_gpu.energy_model import CalibrationError, EnergyModel, Workload, calibration_path, nonnegative_least_squares
+from moe_gpu.energy_work import LayerWork, ProductWork
 from moe_gpu.explain import described_gpu, explain_layer, layer_work
 from moe_gpu.nvml import NoPermissionError
 from moe_gpu.triton_kernels import tile_table
@@ -262,6 +263,17 @@ def test_the_work_of_a_layer_is_that_of_the_tiles_that_serve_it():
     assert both.execute(even).flops_E.sum() == 3 * QWEN.forward_flops(4096 * 8)
     least = sum(step.min_bytes for step in explain_layer(gpu, QWEN, 4096, torch.bfloat16)[1:3])
     assert layer_work(gpu, QWEN, 4096, torch.bfloat16).execute(even).bytes_E.sum() == pytest.approx(least, rel=0.05)
+
+
+def test_load_aware_tiles_pad_the_rest_to_their_smallest_class():
+    per_row = 2.0 * 16 * 8
+    aware = ProductWork("up", 16, 8, 128, 1.0, smaller_tiles=(16, 64))
+    work = LayerWork(6, 1, "bfloat16", 2, (aware,))
+    padded = work.execute([0, 1, 64, 65, 130, 256]).flops_E / per_row
+    assert padded.tolist() == [0, 16, 64, 128, 144, 256]
+    mean = work.execute([0, 0, 0, 0, 0, 3000.5]).flops_E[5] / per_row
+    rests = np.mean([min(size for size in (16, 64, 128) if size >= rest) - rest for rest in range(1, 129)])
+    assert mean == pytest.approx(3000.5 + rests, abs=1)
 
 
 def test_plain_torch_has_no_known_padding_and_depth_2_no_known_work():
