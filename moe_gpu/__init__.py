@@ -20,6 +20,8 @@ _HOMES = {
     ),
     "expert_cache": ("ExpertCache",),
     "gpu_slice_manager": ("AdvancedGPUSliceManager", "GPUSliceOptimizer"),
+    "live.publisher": ("Publisher", "publish"),
+    "live.status": ("JobStatus", "Progress"),
     "model": ("AdvancedMoELayer", "Expert", "MoELayer", "MoEStats", "set_hbm_budget"),
     "profiler": ("ExpertProfiler", "ExpertSnapshot", "RoutingTrace"),
     "reference": ("ExpertWeights", "Routing"),
@@ -51,6 +53,8 @@ if TYPE_CHECKING:
     from moe_gpu.expert_cache import ExpertCache
     from moe_gpu.gpu_slice_manager import AdvancedGPUSliceManager, GPUSliceOptimizer
     from moe_gpu.huggingface import CoverageReport, disable, enable
+    from moe_gpu.live.publisher import Publisher, publish
+    from moe_gpu.live.status import JobStatus, Progress
     from moe_gpu.model import AdvancedMoELayer, Expert, MoELayer, MoEStats, set_hbm_budget
     from moe_gpu.profiler import ExpertProfiler, ExpertSnapshot, RoutingTrace
     from moe_gpu.reference import ExpertWeights, Routing

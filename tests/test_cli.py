@@ -18,8 +18,8 @@ from moe_gpu.cli.cache import CACHE_POLICIES
 from moe_gpu.config import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ["README.md", "QUICKSTART.md", "docs/energy.md", "docs/expert_cache.md", "docs/slicing.md"]
-COMMANDS = ["demo", "bench", "train", "generate", "report", "profile", "tune", "doctor"]
+DOCUMENTS = ["README.md", "QUICKSTART.md", "docs/energy.md", "docs/expert_cache.md", "docs/slicing.md", "docs/top.md"]
+COMMANDS = ["demo", "bench", "train", "generate", "report", "profile", "tune", "doctor", "top"]
 GROUPS = {"energy": ["measure", "calibrate", "report", "watch"]}
 KEPT = "an earlier run's file\n"
 
@@ -189,7 +189,7 @@ def test_every_command_has_help_and_json(command, capsys):
     assert main([*command.split(), "--help"]) == 0
     shown = capsys.readouterr().out
     assert "--json" in shown
-    writes_a_file_or_none = ("tune", "doctor", "generate", "energy calibrate", "energy report", "energy watch")
+    writes_a_file_or_none = ("tune", "doctor", "top", "generate", "energy calibrate", "energy report", "energy watch")
     assert ("--output-dir" in shown) == (command not in writes_a_file_or_none)
 
 
@@ -394,7 +394,8 @@ def test_there_are_examples_of_every_command():
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_python_examples_in_the_documents_run(document, capsys):
+def test_python_examples_in_the_documents_run(document, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
     assert blocks
     for block in blocks:
