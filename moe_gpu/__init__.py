@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _HOMES = {
+    "chrome_trace": ("add_expert_counters",),
     "config": ("Activation", "MoEConfig", "PRESETS", "RouterConfig"),
     "energy_model": ("EnergyModel", "EnergyReport"),
     "energy_monitor": (
@@ -40,6 +41,7 @@ __all__ = sorted(_HOME_OF)
 
 if TYPE_CHECKING:
     from moe_gpu.benchmark import MoEBenchmark, run_full_benchmark, run_quick_benchmark
+    from moe_gpu.chrome_trace import add_expert_counters
     from moe_gpu.config import PRESETS, Activation, MoEConfig, RouterConfig
     from moe_gpu.energy_model import EnergyModel, EnergyReport
     from moe_gpu.energy_monitor import (

@@ -39,6 +39,7 @@ ALLOWED = {
     "layer_energy": LEAVES | MANAGERS | {"energy_work", "explain", "triton_kernels"},
     "model": LAYERS | {"layer_energy"},
     "huggingface": LAYERS,
+    "chrome_trace": LEAVES | {"profiler"},
     "live": LAYERS | {"huggingface"},
     "training": LAYERS | {"live"},
     "benchmark": LAYERS,

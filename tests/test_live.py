@@ -469,3 +469,51 @@ def test_a_training_publishes_while_it_runs(tmp_path, monkeypatch):
     assert [job.state for job in find_jobs()[0]] == ["ended"]
     assert find_jobs()[0][0].progress.step == 3
     assert Path(publishing.live_directory()).is_dir()
+
+
+# Prometheus and TensorBoard
+
+
+def test_prometheus_serves_a_job(own_folder):
+    pytest.importorskip("prometheus_client", reason="prometheus-client is not installed")
+    import urllib.request
+
+    from moe_gpu.metrics import JobCollector, MetricsServer
+
+    model = make_model()
+    step(model)
+    with publish(model, graphs=lambda: (3, 1)) as publisher:
+        server = MetricsServer([JobCollector(lambda: publisher.status)], port=0)
+        text = urllib.request.urlopen(server.url).read().decode()
+        server.close()
+        labelled = list(JobCollector(lambda: publisher.status, expert_labels=True).collect())
+    lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    assert float(lines['moe_gpu_routes_total{layer="1"}']) == 5 * 10 * TOP_K
+    assert float(lines["moe_gpu_job_tokens_total"]) == 50
+    assert float(lines['moe_gpu_layer_calls_total{by="graph"}']) == 3
+    assert 0 < float(lines['moe_gpu_load_entropy{layer="0"}']) <= 1
+    assert not [line for line in lines if "expert_cache" in line], "unknown is left out"
+    routes = next(metric for metric in labelled if metric.name == "moe_gpu_routes")
+    counts = {sample.labels["expert"]: sample.value for sample in routes.samples if sample.labels["layer"] == "0"}
+    assert list(counts.values()) == publisher.status.layers[0].counts_E
+    assert list(JobCollector(lambda: None).collect()) == []
+
+
+def test_tensorboard_gets_a_job_and_leaves_out_what_is_not_known():
+    from moe_gpu.metrics import add_job_scalars
+
+    class Writer:
+        def __init__(self) -> None:
+            self.values: dict[str, float] = {}
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            assert step == 7
+            self.values[name] = value
+
+    known = LayerLoad("a", 2, 1, "triton", [3, 1], [3, 1], 2.0, 4, 0, 0.1)
+    writer = Writer()
+    add_job_scalars(writer, a_status(layers=[known, LayerLoad("b", reason="none")]), 7)
+    assert writer.values["experts/layer_00/max_over_mean"] == 1.5
+    assert writer.values["experts/layer_00/active_experts"] == 2
+    assert writer.values["speed/job_tokens_per_s"] == 2
+    assert not [name for name in writer.values if "layer_01" in name or "hits" in name]

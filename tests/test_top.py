@@ -314,3 +314,22 @@ def test_the_dashboard_without_textual_names_the_extra(job_file, capsys, monkeyp
     monkeypatch.setitem(sys.modules, "textual", None)
     assert main(["top"]) == 1
     assert "moe-gpu[live]" in capsys.readouterr().err
+
+
+def test_the_metrics_of_a_job_are_served_while_it_is_watched(job_file, monkeypatch, capsys):
+    pytest.importorskip("prometheus_client", reason="prometheus-client is not installed")
+    import urllib.request
+
+    from moe_gpu import top
+
+    pages = []
+
+    def sleep(seconds: float) -> None:
+        url = capsys.readouterr().err.split("metrics: ")[1].split()[0]
+        pages.append(urllib.request.urlopen(url).read().decode())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(top.time, "sleep", sleep)
+    assert main(["top", "--json", "--metrics-port", "0"]) == 130
+    assert 'moe_gpu_expert_cache_requests_total{result="hit"} 75.0' in pages[0]
+    assert main(["top", "--once", "--metrics-port", "0"]) == 2

@@ -19,6 +19,9 @@ def top(
         float, typer.Option("--interval", parser=above(0), metavar="S", help="Seconds between two readings.")
     ] = 1.0,
     once: Annotated[bool, typer.Option("--once", help="Print what there is now and end.")] = False,
+    metrics_port: Annotated[
+        int | None, count("--metrics-port", "Also serve Prometheus at 127.0.0.1 on this port; 0 takes a free one.", 0)
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Watch a running job: GPU, experts, slices, hits and energy.
@@ -29,6 +32,6 @@ def top(
     from moe_gpu.top import run_top
 
     with interruptible("nothing was written"):
-        found = run_top(file=file, pid=pid, interval_s=interval, once=once, as_json=as_json)
+        found = run_top(file=file, pid=pid, interval_s=interval, once=once, as_json=as_json, metrics_port=metrics_port)
     if not found:
         raise typer.Exit(1)

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,12 +90,33 @@ def run_top(
     interval_s: float = 1.0,
     once: bool = False,
     as_json: bool = False,
+    metrics_port: int | None = None,
 ) -> bool:
     """Show a job until q or Ctrl-C; `once` prints it and ends, `as_json` prints lines. False where there is no job.
 
+    metrics_port: also serve its figures for Prometheus at 127.0.0.1, meanwhile; 0 takes a free port.
     Raises StatusError for a file or pid without a job, MissingExtraError for the dashboard without textual.
     """
+    if once and metrics_port is not None:
+        raise ValueError(f"--once ends at once and --metrics-port {metrics_port} serves; leave out one of them")
     source = Source(file, pid)
+    with nullcontext() if metrics_port is None else _served(source, metrics_port):
+        return _show(source, interval_s, once, as_json)
+
+
+@contextmanager
+def _served(source: Source, port: int) -> Iterator[None]:
+    from moe_gpu.metrics import JobCollector, MetricsServer
+
+    server = MetricsServer([JobCollector(lambda: source.read().job)], port)
+    print(f"metrics: {server.url}", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        server.close()
+
+
+def _show(source: Source, interval_s: float, once: bool, as_json: bool) -> bool:
     if as_json:
         found = False
         for view in _views(source, interval_s, once):
