@@ -9,6 +9,7 @@
 # energy1..4 counter; calibration and attribution; qwen; mixtral
 # models     a transformers model beside grouped_mm and batched_mm
 # cache      the expert cache beside on-demand copies, LRU and resident weights
+# top        what publishing for `moe-gpu top` costs a job
 # training   tokens/s, MFU, memory, bitwise resume
 set -euo pipefail
 [ $# -eq 2 ] || { sed -n 's/^# \{0,1\}//p' "$0" | sed 1d; exit 2; }
@@ -30,6 +31,7 @@ energy4) set -- mixtral ;;&
 energy?) $python benchmarks/run_energy.py "$folder/h200_energy.jsonl" "${@/#/--section=}" ;;
 models) $python benchmarks/run_huggingface.py "$folder/h200_models.jsonl" ;;
 cache) $python benchmarks/run_expert_cache.py "$folder/h200_expert_cache.jsonl" ;;
+top) $python benchmarks/run_top_cost.py "$folder/h200_top_cost.jsonl" ;;
 training) $python benchmarks/run_training.py "$folder/h200_training.jsonl" ;;
 *) echo "owed.sh: error: no step '$2'; see the head of this file" >&2; exit 2 ;;
 esac

@@ -18,8 +18,8 @@ CATEGORY = "moe_gpu"
 def add_expert_counters(path: str | Path, profiler: ExpertProfiler, layers: Sequence[int] | None = None) -> int:
     """Add the profiler's windows to a trace that `torch.profiler` exported (.json or .json.gz), in place.
 
-    Of the windows whose middle lies in the trace: a counter track a layer holds routes a second by expert, another the
-    busiest expert's load over the mean. Call it in the process that recorded the trace, after the work, and after
+    For the windows that overlap the trace and hold a route: a counter track a layer holds routes a second by expert,
+    another the busiest expert's load over the mean. Call it in the process that recorded the trace, after the work and
     `profiler.flush()`; a second call replaces what the first one added. layers: by default all. Returns how many events
     were added.
     Raises ValueError, and changes nothing, for a file that is no such trace, a layer that is not there, and where no
@@ -40,7 +40,7 @@ def add_expert_counters(path: str | Path, profiler: ExpertProfiler, layers: Sequ
     windows = [
         window
         for window in profiler.history()
-        if begin_us <= (window.begin_s + window.end_s) / 2 * 1e6 + to_us <= end_us
+        if window.end_s * 1e6 + to_us >= begin_us and window.begin_s * 1e6 + to_us <= end_us and window.counts_LE.any()
     ]
     if not windows:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Expert loads inside a trace of torch.profiler: at the right time, with the right numbers, and nothing else changed."""
+"""Expert loads inside a trace of torch.profiler: at the right time, the right numbers, nothing else changed."""
 
 from __future__ import annotations
 

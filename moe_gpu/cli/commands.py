@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moe_gpu.cli import cache, slices
+from moe_gpu.cli import cache, completion, slices
 from moe_gpu.cli import energy as energy_commands
 from moe_gpu.cli import top as top_commands
 from moe_gpu.cli.options import (
@@ -362,6 +362,7 @@ def doctor(as_json: Json = False) -> None:
 
 
 app.command()(top_commands.top)
+app.command()(completion.completion)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -52,6 +52,7 @@ def one_of(*choices: str) -> Callable[[Any], str]:
             raise typer.BadParameter(f"{value!r} is not one of {', '.join(choices)}; give one of these")
         return value
 
+    parse.choices = choices  # type: ignore[attr-defined]  # for shell completion
     return parse
 
 
@@ -61,6 +62,7 @@ def each(parse: Callable[[Any], Any]) -> Callable[[list[str] | None], list[Any]]
     def parse_each(values: list[str] | None) -> list[Any]:
         return [parse(part.strip()) for value in values or [] for part in value.split(",")]
 
+    parse_each.choices = getattr(parse, "choices", ())  # type: ignore[attr-defined]
     return parse_each
 
 
