@@ -497,6 +497,8 @@ def test_prometheus_serves_a_job(own_folder):
     counts = {sample.labels["expert"]: sample.value for sample in routes.samples if sample.labels["layer"] == "0"}
     assert list(counts.values()) == publisher.status.layers[0].counts_E
     assert list(JobCollector(lambda: None).collect()) == []
+    unknown = a_status(layers=[LayerLoad("b", reason="none")])
+    assert [sample for metric in JobCollector(lambda: unknown).collect() for sample in metric.samples] == []
 
 
 def test_tensorboard_gets_a_job_and_leaves_out_what_is_not_known():

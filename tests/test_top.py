@@ -274,6 +274,15 @@ def test_keys_choose_layers_pause_and_quit(job_file):
     drive(act)
 
 
+def test_ctrl_c_ends_the_dashboard(job_file):
+    async def act(app, pilot):
+        await pilot.press("ctrl+c")
+        await pilot.pause(0.1)
+        assert not app.is_running
+
+    drive(act)
+
+
 def test_the_dashboard_waits_for_a_job_and_stays_with_it_to_its_end(own_folder):
     path = own_folder / "job.json"
 

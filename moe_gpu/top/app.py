@@ -44,7 +44,7 @@ class TopApp(App[None]):
     HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (100, "-wide")]  # noqa: RUF012 as textual declares it
     ENABLE_COMMAND_PALETTE = False
     BINDINGS = [  # noqa: RUF012
-        Binding("q", "quit", "Quit"),
+        Binding("q,ctrl+c", "quit", "Quit", key_display="q", priority=True),
         Binding("down,j", "layer(1)", "Next layer", key_display="↓"),
         Binding("up,k", "layer(-1)", "Layer before", key_display="↑"),
         Binding("u", "uneven", "Most uneven"),
