@@ -157,11 +157,12 @@ def counter(run: Run) -> None:
 
 def power(run: Run) -> None:
     call, ratios = load(run), []
+    seconds = run.seconds if run.smoke else max(5.0, run.seconds)
     sampler = PowerSampler(run.monitor.uuid, hz=50)
     for _ in range(run.trials):
         sampler.start()
         first = len(sampler.timeline())
-        found = measure_interleaved({"product": call}, monitor=run.monitor, min_duration_s=run.seconds, trials=1)
+        found = measure_interleaved({"product": call}, monitor=run.monitor, min_duration_s=seconds, trials=1)
         window = found["product"].windows[0]
         sampler.stop()
         watts = [s.power_instant_w for s in sampler.timeline()[first:] if s.power_instant_w is not None]
@@ -173,7 +174,7 @@ def power(run: Run) -> None:
     run.find(
         "counter over integrated instant power", ratio.value, "ratio", low=ratio.low, high=ratio.high,
         samples=len(ratios), verdict=None if ratio.value is None else met(abs(ratio.value - 1) <= 0.02),
-        how=f"windows of {run.seconds:g} s of a dense product; goal: within 2 %",
+        how=f"windows of {seconds:g} s of a dense product; goal: within 2 %",
         reason=None if ratios else "no window had both",
     )  # fmt: skip
 
@@ -362,7 +363,7 @@ def providers(run: Run, model: str) -> None:
                 run.find(name, None, "ratio", reason=why or "not measured")
                 continue
             compared = compare_trials(baseline, ours)
-            run.find_ratio(name, compared.energy, goal, compared.reason, len(ours.valid) // 2)
+            run.find_ratio(name, compared.energy, goal, compared.reason, len(ours.valid))
         release(run)
 
 
@@ -461,6 +462,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("output", type=Path, metavar="FILE.jsonl", help="where the rows go")
     parser.add_argument("--section", action="append", choices=SECTIONS, help="run this section; all without it")
+    parser.add_argument("--seconds", type=float, help="least length of a window; 5 without it (power: 5 at least)")
+    parser.add_argument("--trials", type=int, help="windows of each call; 4 without it")
     parser.add_argument("--smoke", action="store_true", help="tiny, on the CPU: tries the script, measures nothing")
     given = parser.parse_args(arguments)
     earlier = read_rows(given.output) if given.output.exists() else []
@@ -468,6 +471,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run = open_run(given.output, given.smoke)
     except RuntimeError as error:
         parser.exit(1, f"{parser.prog}: error: {error}\n")
+    run.seconds, run.trials = given.seconds or run.seconds, given.trials or run.trials
     begin, failed = time.monotonic(), []
     machine = describe_machine(run.device)
     with run.monitor:

@@ -1,9 +1,10 @@
-"""Record the experts alone on a Hopper GPU against SonicMoE: `python benchmarks/run_hopper.py FILE.jsonl`.
+"""Record the experts alone on a Hopper GPU beside their rivals: `python benchmarks/run_hopper.py FILE.jsonl`.
 
-bf16, ids and weights given: sorting the routes, experts, combine. Three tables, each interleaved in this process with
-a cold L2: `training` (forward and forward+backward, peak memory; beside them `bmm`, the two or six matrix products
-over equal groups as cuBLAS batched products, without gather, activation or combine), `decode` (CUDA graphs that rotate
-copies of the weights), and `budget` (the same products on fewer SMs). `--table` runs some of them only.
+bf16, ids and weights given: sorting the routes, experts, combine. Each table is interleaved in this process with a cold
+L2: `training` (forward and forward+backward, peak memory; beside them `bmm`, the two or six matrix products over equal
+groups as cuBLAS batched products, without gather, activation or combine), `decode` and `skew` (CUDA graphs that rotate
+copies of the weights, beside vLLM's experts and OpenAI's triton_kernels; skew's largest sizes eager and ours alone),
+`budget` (the same products on fewer SMs) and `precision` (are repeats equal bit for bit). `--table` runs some only.
 """
 
 from __future__ import annotations
@@ -12,15 +13,17 @@ import argparse
 import functools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module, util
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
+from hopper_peers import PEERS, Peer
+from hopper_problem import Problem, make_weights, run_ours
 
 from moe_gpu import nvml
-from moe_gpu.benchmark.problem import sample_choices
 from moe_gpu.benchmark.timing import (
     Job,
     Timer,
@@ -35,11 +38,11 @@ from moe_gpu.benchmark.timing import (
 )
 from moe_gpu.config import PRESETS, MoEConfig
 from moe_gpu.reference import ExpertWeights
-from moe_gpu.results import BenchmarkRow, Row, describe_machine, write_rows
+from moe_gpu.results import BenchmarkRow, Finding, Row, describe_machine, write_rows
 from moe_gpu.triton_kernels.ops import TritonExpertOps
 
-TABLES = ("training", "decode", "budget")
-QWEN, MIXTRAL, OLMOE = "qwen3-30b-a3b", "mixtral-8x7b", "olmoe-1b-7b"
+TABLES = ("training", "decode", "skew", "budget", "precision")
+QWEN, MIXTRAL, OLMOE, DEEPSEEK = "qwen3-30b-a3b", "mixtral-8x7b", "olmoe-1b-7b", "deepseek-v3"
 TRAINING = [
     (QWEN, PRESETS[QWEN], 16384),
     (QWEN, PRESETS[QWEN], 4096),
@@ -52,61 +55,18 @@ TRAINING = [
 DECODE = [
     (QWEN, PRESETS[QWEN], (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096)),
     (MIXTRAL, PRESETS[MIXTRAL], (1, 8, 64, 256, 1024)),
+    (DEEPSEEK, PRESETS[DEEPSEEK], (1, 8, 64, 256, 1024)),
 ]
+PEER_SIZES = (1, 8, 64, 256, 1024, 4096)  # each size may cost a peer a compilation
 ROUTINGS = ("uniform", "zipf-1.2")
+SKEWS = ("zipf-0.6", "zipf-1.2", "one-expert")
+SKEW_GRAPH_SIZES, SKEW_EAGER_SIZES = (256, 1024, 4096), (8192, 16384)
+REPEATS = 100
+PRECISION = ((1, "forward"), (64, "forward"), (1024, "forward"), (16384, "forward"), (1024, "forward+backward"))
 COPY_BYTES = 400 << 20  # weights that together leave nothing of each other in the L2
+GRAPH_BUDGET_S = 0.12
 
-
-class Problem:
-    """Inputs, stacked weights and given choices of one experts' problem, on the GPU in bf16."""
-
-    def __init__(self, config: MoEConfig, num_tokens: int, routing: str) -> None:
-        c, self.config, self.num_tokens, self.routing = config, config, num_tokens, routing
-        generator = torch.Generator(device="cuda").manual_seed(0)
-        new: dict[str, Any] = dict(device="cuda", dtype=torch.bfloat16, generator=generator)
-        self.x = torch.randn(num_tokens, c.input_dim, **new).requires_grad_()
-        self.up = (torch.randn(c.num_experts, c.up_rows, c.input_dim, **new) * c.input_dim**-0.5).requires_grad_()
-        self.down = (
-            torch.randn(c.num_experts, c.expert_dim, c.hidden_dim, **new) * c.hidden_dim**-0.5
-        ).requires_grad_()
-        self.ids = sample_choices(c, num_tokens, routing, torch.Generator().manual_seed(0)).int().cuda()
-        scores = torch.rand(num_tokens, c.top_k, device="cuda", generator=generator)
-        self.scores = (scores / scores.sum(1, keepdim=True)).requires_grad_()
-        self.grad = torch.randn(num_tokens, c.expert_dim, **new)
-        self.leaves = [self.x, self.up, self.down, self.scores]
-
-    def flops(self, mode: str) -> int:
-        return self.config.forward_flops(self.ids.numel()) * (1 if mode == "forward" else 3)
-
-    def min_bytes(self) -> int:
-        """Of a forward pass: the weights that are hit, input and output, once each."""
-        hit = int(torch.bincount(self.ids.flatten().long(), minlength=self.config.num_experts).count_nonzero())
-        rows = self.num_tokens * (self.config.input_dim + self.config.expert_dim)
-        return 2 * (hit * self.config.parameters_per_expert + rows)
-
-    @torch.no_grad()
-    def check(self, out: torch.Tensor) -> tuple[float, float]:
-        """Largest error over 64 tokens against float64, and twice PyTorch's own in bf16 plus a rounding."""
-        at = torch.linspace(0, self.num_tokens - 1, min(64, self.num_tokens), device="cuda").long()
-
-        def compute(dtype: torch.dtype) -> torch.Tensor:
-            total = torch.zeros(len(at), self.config.expert_dim, device="cuda", dtype=torch.float64)
-            for k in range(self.config.top_k):
-                for t, (token, expert) in enumerate(zip(at.tolist(), self.ids[at, k].tolist(), strict=True)):
-                    gate, up = (self.up[expert].to(dtype) @ self.x[token].to(dtype)).chunk(2)
-                    y = self.down[expert].to(dtype) @ (torch.nn.functional.silu(gate) * up)
-                    total[t] += y.double() * self.scores[token, k].double()
-            return total.to(dtype).double()
-
-        truth = compute(torch.float64)
-        own = (compute(torch.bfloat16) - truth).abs().max().item()
-        error = (out[at].double() - truth).abs().max().item()
-        return error, 2 * own + torch.finfo(torch.bfloat16).eps * truth.abs().max().item()
-
-
-def run_ours(p: Problem, ops: TritonExpertOps, weights: ExpertWeights | None = None) -> torch.Tensor:
-    routing = ops.sort_routes(p.ids, p.scores, p.config.num_experts)
-    return ops.experts(p.x, routing, weights or ExpertWeights(p.up, p.down))
+Builds = dict[str, Callable[[], tuple[Job, dict[str, Any]]]]
 
 
 def run_sonicmoe(p: Problem) -> torch.Tensor:
@@ -163,11 +123,15 @@ class Recorder:
         p: Problem,
         mode: str,
         launch: str,
-        builds: dict[str, Callable[[], tuple[Job, dict[str, Any]]]],
+        builds: Builds,
         calls: int = 1,
         budget_s: float = 0.5,
+        absent: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """Build each provider (which checks it), time all in turn; `calls`: problems that one job computes."""
+        """Build each provider (which checks it), time all in turn; `calls`: problems that one job computes.
+
+        absent: providers that are not here, and why.
+        """
         jobs: dict[str, Job] = {}
         known: dict[str, dict[str, Any]] = {}
         counts: dict[str, int] = {}
@@ -184,7 +148,8 @@ class Recorder:
         uuid = f"GPU-{torch.cuda.get_device_properties(self.device).uuid}"
         power, clock = nvml.power_w(uuid), nvml.sm_clock_mhz(uuid)  # of all the jobs just timed in turn
         c = p.config
-        for name in builds:
+        known |= {name: {"status": "unavailable", "reason": reason} for name, reason in absent.items()}
+        for name in (*builds, *absent):
             facts = {"status": "ok", **known[name]}
             if name in failures:
                 facts = {"status": "failed", "reason": failures[name]}
@@ -218,13 +183,17 @@ class Recorder:
             print(f"{at:72} {name:20} {shown}", flush=True)
         write_rows(self.path, self.rows)
 
+    def note(self, finding: Finding) -> None:
+        self.rows.append(finding)
+        said = finding.reason or f"{finding.value} of {finding.samples} {finding.unit}"
+        print(f"{time.monotonic() - self.begin:6.1f} s  {finding.name}: {said}", flush=True)
+        write_rows(self.path, self.rows)
+
 
 def pass_job(p: Problem, run: Callable[[], torch.Tensor], mode: str) -> tuple[Job, dict[str, Any]]:
     """The timed call of a pass, its output checked first."""
     with torch.no_grad():
-        error, allowed = p.check(run())
-    if not error <= allowed:
-        raise RuntimeError(f"wrong output: error {error:.3g}, allowed {allowed:.3g}")
+        errors = p.check(run())
 
     def forward(_: None) -> torch.Tensor:
         with torch.no_grad():
@@ -233,7 +202,7 @@ def pass_job(p: Problem, run: Callable[[], torch.Tensor], mode: str) -> tuple[Jo
     job = Job(forward) if mode == "forward" else Job(lambda _: torch.autograd.grad(run(), p.leaves, p.grad))
     warm_up(job, Timer(p.x.device), 0.0)
     memory = peak_memory_bytes(job, p.x.device)
-    return job, dict(max_error=error, allowed_error=allowed, peak_memory_bytes=memory)
+    return job, dict(errors, peak_memory_bytes=memory)
 
 
 def training(recorder: Recorder, ops: TritonExpertOps) -> None:
@@ -241,9 +210,7 @@ def training(recorder: Recorder, ops: TritonExpertOps) -> None:
         for routing in ROUTINGS if model == QWEN else ROUTINGS[:1]:
             p = Problem(config, num_tokens, routing)
             for mode in ("forward", "forward+backward"):
-                builds: dict[str, Callable[[], tuple[Job, dict[str, Any]]]] = {
-                    "moe_gpu": lambda p=p, mode=mode: pass_job(p, lambda: run_ours(p, ops), mode)
-                }
+                builds: Builds = {"moe_gpu": lambda p=p, mode=mode: pass_job(p, lambda: run_ours(p, ops), mode)}
                 if util.find_spec("sonicmoe") is not None:
                     builds["sonicmoe"] = lambda p=p, mode=mode: pass_job(p, lambda: run_sonicmoe(p), mode)
                 if routing == "uniform":
@@ -253,27 +220,115 @@ def training(recorder: Recorder, ops: TritonExpertOps) -> None:
             torch.cuda.empty_cache()
 
 
-def decode(recorder: Recorder, ops: TritonExpertOps) -> None:
-    for model, config, sizes in DECODE:
+def graph_job(p: Problem, calls: Sequence[Callable[[], torch.Tensor]]) -> tuple[Job, dict[str, Any]]:
+    """One replay of all the calls, which compute the problem with a copy of the weights each; every output checked."""
+    with torch.no_grad():
+        errors = [p.check(call()) for call in calls]
+        captured = capture(lambda: [call() for call in calls][-1], p.x.device)
+    return Job(lambda _: captured.replay()), max(errors, key=lambda one: one["max_error"])
+
+
+class GraphBench:
+    """One model's weights in copies that rotate, and each peer's in its own layout; problems share them."""
+
+    def __init__(self, recorder: Recorder, ops: TritonExpertOps, model: str, config: MoEConfig) -> None:
+        self.recorder, self.ops, self.model, self.config = recorder, ops, model, config
         weight_bytes = 2 * config.num_experts * config.parameters_per_expert
         copies = 3 if weight_bytes < 4 << 30 else 2
         assert copies * weight_bytes > COPY_BYTES
+        first = make_weights(config)
+        self.stacked = [first] + [
+            ExpertWeights(first.up_EGH.clone(), first.down_EOI.clone()) for _ in range(copies - 1)
+        ]
+        reasons = {peer.name: peer.unavailable() for peer in PEERS}
+        self.absent = {name: reason for name, reason in reasons.items() if reason is not None}
+        self.converted: dict[str, list[Any]] = {}
+
+    def peer_job(self, peer: Peer, p: Problem) -> tuple[Job, dict[str, Any]]:
+        if peer.name not in self.converted:
+            self.converted[peer.name] = [peer.convert(weights) for weights in self.stacked]
+        with torch.no_grad():
+            calls = [peer.bind(p, weights) for weights in self.converted[peer.name]]
+        job, facts = graph_job(p, calls)
+        return job, dict(facts, backend=peer.backend)
+
+    def record(self, num_tokens: int, routing: str) -> None:
+        p = Problem(self.config, num_tokens, routing, self.stacked[0])
+        ours = [functools.partial(run_ours, p, self.ops, weights) for weights in self.stacked]
+        builds: Builds = {"moe_gpu": lambda: graph_job(p, ours)}
+        compared = num_tokens in PEER_SIZES
+        if compared:
+            present = [peer for peer in PEERS if peer.name not in self.absent]
+            builds |= {peer.name: functools.partial(self.peer_job, peer, p) for peer in present}
+        self.recorder.record(
+            self.model,
+            p,
+            "forward",
+            "graph",
+            builds,
+            calls=len(self.stacked),
+            budget_s=GRAPH_BUDGET_S,
+            absent=self.absent if compared else {},
+        )
+
+
+def decode(recorder: Recorder, ops: TritonExpertOps) -> None:
+    for model, config, sizes in DECODE:
+        bench = GraphBench(recorder, ops, model, config)
         for num_tokens in sizes:
-            for routing in ROUTINGS if num_tokens >= 256 and model == QWEN else ROUTINGS[:1]:
-                p = Problem(config, num_tokens, routing)
-                stacked = [ExpertWeights(p.up.detach().clone(), p.down.detach().clone()) for _ in range(copies)]
-
-                def build(p: Problem = p, stacked: list[ExpertWeights] = stacked) -> tuple[Job, dict[str, Any]]:
-                    with torch.no_grad():
-                        error, allowed = p.check(run_ours(p, ops))
-                        captured = capture(lambda: [run_ours(p, ops, w) for w in stacked][-1], p.x.device)
-                    if not error <= allowed:
-                        raise RuntimeError(f"wrong output: error {error:.3g}, allowed {allowed:.3g}")
-                    return Job(lambda _: captured.replay()), dict(max_error=error, allowed_error=allowed)
-
-                recorder.record(model, p, "forward", "graph", {"moe_gpu": build}, calls=copies, budget_s=0.2)
-                del p, stacked, build
+            bench.record(num_tokens, "uniform")
+        del bench  # before the next model's weights are drawn
         torch.cuda.empty_cache()
+
+
+def skew(recorder: Recorder, ops: TritonExpertOps) -> None:
+    bench = GraphBench(recorder, ops, QWEN, PRESETS[QWEN])
+    for num_tokens in SKEW_GRAPH_SIZES:
+        for routing in SKEWS:
+            bench.record(num_tokens, routing)
+    for num_tokens in SKEW_EAGER_SIZES:
+        for routing in ("uniform", *SKEWS):
+            p = Problem(PRESETS[QWEN], num_tokens, routing, bench.stacked[0])
+            builds: Builds = {"moe_gpu": lambda p=p: pass_job(p, lambda: run_ours(p, ops), "forward")}
+            recorder.record(QWEN, p, "forward", "eager", builds, budget_s=GRAPH_BUDGET_S)
+
+
+def count_unequal(p: Problem, run: Callable[[], tuple[torch.Tensor, ...]], repeats: int) -> int:
+    """How many of `repeats` further calls differ in any bit from a first one, whose output is checked."""
+
+    def run_for_bits() -> list[torch.Tensor]:
+        return [tensor.contiguous().view(torch.uint8) for tensor in run()]
+
+    p.check(run()[0])
+    first = run_for_bits()
+    unequal = torch.zeros((), dtype=torch.int64, device=first[0].device)
+    for _ in range(repeats):
+        unequal += torch.stack([(a != b).any() for a, b in zip(run_for_bits(), first, strict=True)]).any()
+    return int(unequal)
+
+
+def precision(recorder: Recorder, ops: TritonExpertOps) -> None:
+    weights = make_weights(PRESETS[QWEN])
+    for num_tokens, mode in PRECISION:
+        p = Problem(PRESETS[QWEN], num_tokens, "uniform", weights)
+
+        def run(p: Problem = p, mode: str = mode) -> tuple[torch.Tensor, ...]:
+            with torch.set_grad_enabled(mode != "forward"):
+                out = run_ours(p, ops)
+                return (out,) if mode == "forward" else (out.detach(), *torch.autograd.grad(out, p.leaves, p.grad))
+
+        outcome = attempt(functools.partial(count_unequal, p, run, REPEATS))
+        recorder.note(
+            Finding(
+                name=f"{QWEN} T={num_tokens} {mode}: repeats that differ from the first call in any bit",
+                value=outcome.value,
+                unit="calls",
+                samples=None if outcome.reason else REPEATS,
+                verdict=None if outcome.reason else "missed" if outcome.value else "met",
+                how="experts alone in bf16, eager; the output, and every gradient of a backward pass",
+                reason=outcome.reason,
+            )
+        )
 
 
 def budget(recorder: Recorder, _: TritonExpertOps) -> None:

@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "chrome_trace": ("add_expert_counters",),
     "config": ("Activation", "MoEConfig", "PRESETS", "RouterConfig"),
+    "cuda_graph_manager": ("BatchScheduler", "CUDAGraphManager", "StreamManager"),
     "energy_model": ("EnergyModel", "EnergyReport"),
     "energy_monitor": (
         "EnergyMonitor",
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from moe_gpu.benchmark import MoEBenchmark, run_full_benchmark, run_quick_benchmark
     from moe_gpu.chrome_trace import add_expert_counters
     from moe_gpu.config import PRESETS, Activation, MoEConfig, RouterConfig
+    from moe_gpu.cuda_graph_manager import BatchScheduler, CUDAGraphManager, StreamManager
     from moe_gpu.energy_model import EnergyModel, EnergyReport
     from moe_gpu.energy_monitor import (
         EnergyMonitor,

@@ -1,9 +1,10 @@
 """EnergyModel: a GPU's joules per second, FLOP and byte, fitted to measurements, and what each expert took by them.
 
 No meter sees one expert inside a kernel that runs them all, so its joules are modelled: E = static_w * t + j_per_flop *
-FLOP + j_per_byte * bytes, with coefficients that cannot be negative. FLOPs are those executed, padding to the serving
-tile included; an expert's weights come from memory once a call if any token visits it. Calibrate per board, driver and
-dtype, at the clocks of the work to be attributed.
+FLOP + j_per_byte * bytes, with coefficients that cannot be negative, and no more than the board's power limit allows:
+a board at its limit lowers clock and voltage, so that the same work takes longer and fewer joules. FLOPs are those
+executed, padding to the serving tile included; an expert's weights come from memory once a call if any token visits it.
+Calibrate per board, driver and dtype, at the clocks of the work to be attributed.
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ from moe_gpu.energy_monitor.monitor import write_csv
 from moe_gpu.energy_work import LayerWork
 from moe_gpu.results import AttributionRow, AttributionSum, EnergyMeasurement, cache_directory, write_atomically
 
-SCHEMA = 1
+SCHEMA = 2
 ATTRIBUTION_COLUMNS = (
     *("run_id", "layer", "expert", "tokens", "padded_tokens", "flops", "hbm_bytes", "dynamic_j", "static_j"),
     *("stderr_j", "joules_per_token", "method", "calibration_id"),
 )
 RESAMPLES = 400
+AT_LIMIT = 0.97  # of the power limit: a window above it says what the limit is, not what its work costs
 IDLE = "idle"
 
 
@@ -84,27 +86,43 @@ def nonnegative_least_squares(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return best
 
 
-def _fit(points: Sequence[CalibrationPoint]) -> np.ndarray:
-    """(static_w, j_per_flop, j_per_byte) of the least relative errors."""
+def _fit(points: Sequence[CalibrationPoint], power_limit_w: float | None) -> np.ndarray:
+    """(static_w, j_per_flop, j_per_byte) of the least relative errors.
+
+    A window at the power limit whose work alone would have gone past it is left out: any such cost explains it.
+    """
     energy = np.array([point.energy_j for point in points])
-    a = np.array([(point.duration_s, point.flops, point.hbm_bytes) for point in points])
-    return nonnegative_least_squares(a / energy[:, None], np.ones(len(points)))
+    terms = np.array([(point.duration_s, point.flops, point.hbm_bytes) for point in points])
+    limit = np.inf if power_limit_w is None else power_limit_w * terms[:, 0]
+    kept = np.ones(len(points), dtype=bool)
+    tried: set[bytes] = set()
+    while True:
+        tried.add(kept.tobytes())
+        found = nonnegative_least_squares((terms / energy[:, None])[kept], np.ones(int(kept.sum())))
+        kept = (terms @ found < limit) | (energy < AT_LIMIT * limit)
+        if kept.tobytes() in tried or np.linalg.matrix_rank(terms[kept] / terms.max(0)) < 3:
+            return found
 
 
-def _held_out(points: Sequence[CalibrationPoint]) -> dict[str, float]:
+def _held_out(points: Sequence[CalibrationPoint], power_limit_w: float | None) -> dict[str, float]:
     """Relative error of each workload, anchors aside, predicted by a fit of all the others."""
     errors = {}
     for name in dict.fromkeys(point.workload for point in points if not point.anchor):
-        coefficients = _fit([point for point in points if point.workload != name])
+        coefficients = _fit([point for point in points if point.workload != name], power_limit_w)
         own = [point for point in points if point.workload == name]
-        predicted = sum(_energy(coefficients, point.duration_s, point.flops, point.hbm_bytes) for point in own)
+        predicted = sum(
+            _energy(coefficients, power_limit_w, point.duration_s, point.flops, point.hbm_bytes) for point in own
+        )
         measured = sum(point.energy_j for point in own)
         errors[name] = abs(predicted - measured) / measured
     return errors
 
 
-def _energy(coefficients: np.ndarray, duration_s: float, flops: float, hbm_bytes: float) -> float:
-    return float(coefficients @ np.array([duration_s, flops, hbm_bytes]))
+def _energy(
+    coefficients: np.ndarray, power_limit_w: float | None, duration_s: float, flops: float, hbm_bytes: float
+) -> float:
+    joules = float(coefficients @ np.array([duration_s, flops, hbm_bytes]))
+    return joules if power_limit_w is None else min(joules, power_limit_w * duration_s)
 
 
 @dataclass(frozen=True)
@@ -129,7 +147,7 @@ class EnergyModel:
     """A calibration of one board, driver and dtype; covariance: of the three coefficients, by bootstrap.
 
     held_out: relative error by workload, each predicted by a fit of the others. flops_per_s, bytes_per_s: the most that
-    a calibration workload reached, which says how long an expert's work takes at least.
+    a calibration workload reached, which says how long an expert's work takes at least. power_limit_w: None: not known.
     """
 
     static_w: float
@@ -140,6 +158,7 @@ class EnergyModel:
     held_out: dict[str, float]
     flops_per_s: float
     bytes_per_s: float
+    power_limit_w: float | None
     gpu_uuid: str
     driver: str | None
     dtype: str
@@ -174,11 +193,17 @@ class EnergyModel:
                 on_trial(done, len(order), workload.name)
             points.append(_measure(workload, monitor, min_duration_s, rest_s))
         assert monitor.uuid is not None  # it is available
-        return cls.fit(points, dtype, monitor.uuid, monitor.driver)
+        return cls.fit(points, dtype, monitor.uuid, monitor.driver, monitor.power_limit_w)
 
     @classmethod
     def fit(
-        cls, points: Sequence[CalibrationPoint], dtype: str, gpu_uuid: str, driver: str | None, seed: int = 0
+        cls,
+        points: Sequence[CalibrationPoint],
+        dtype: str,
+        gpu_uuid: str,
+        driver: str | None,
+        power_limit_w: float | None = None,
+        seed: int = 0,
     ) -> EnergyModel:
         """The model of measured points; the same points give the same model. Raises CalibrationError as `calibrate`."""
         a = np.array([(point.duration_s, point.flops, point.hbm_bytes) for point in points]).reshape(-1, 3)
@@ -187,14 +212,14 @@ class EnergyModel:
                 f"{len(points)} points do not tell time, FLOPs and bytes apart; calibrate on an idle GPU, a product "
                 "and a copy at least"
             )
-        coefficients = _fit(points)
+        coefficients = _fit(points, power_limit_w)
         groups: dict[str, list[CalibrationPoint]] = {}
         for point in points:
             groups.setdefault(point.workload, []).append(point)
         chance = random.Random(seed)
         fits = np.array(
             [
-                _fit([p for group in groups.values() for p in chance.choices(group, k=len(group))])
+                _fit([p for group in groups.values() for p in chance.choices(group, k=len(group))], power_limit_w)
                 for _ in range(RESAMPLES)
             ]
         )
@@ -206,9 +231,10 @@ class EnergyModel:
             j_per_byte=float(coefficients[2]),
             covariance=np.cov(fits, rowvar=False).tolist(),
             intervals={name: (float(a), float(b)) for name, a, b in zip(names, low, high, strict=True)},
-            held_out=_held_out(points),
+            held_out=_held_out(points, power_limit_w),
             flops_per_s=max(point.flops / point.duration_s for point in points),
             bytes_per_s=max(point.hbm_bytes / point.duration_s for point in points),
+            power_limit_w=power_limit_w,
             gpu_uuid=gpu_uuid,
             driver=driver,
             dtype=dtype,
@@ -277,7 +303,12 @@ class EnergyModel:
         """Joules, and their standard error, of `calls` calls that together take `duration_s`."""
         done = work.execute(counts, calls)
         terms = duration_s, done.flops_E.sum() + done.shared_flops, done.bytes_E.sum() + done.shared_bytes
-        return _energy(self._coefficients, *terms), self._stderr(*terms)
+        return _energy(self._coefficients, self.power_limit_w, *terms), self._stderr(*terms)
+
+    def _throttle(self, duration_s: float, dynamic_j: float) -> float:
+        """What share of the joules of work at full clocks the power limit leaves."""
+        left = math.inf if self.power_limit_w is None else (self.power_limit_w - self.static_w) * duration_s
+        return max(0.0, left) / dynamic_j if dynamic_j > left else 1.0
 
     def attribute(
         self,
@@ -302,6 +333,8 @@ class EnergyModel:
         dynamic_E = self.j_per_flop * done.flops_E + self.j_per_byte * done.bytes_E
         shared_j = self.j_per_flop * done.shared_flops + self.j_per_byte * done.shared_bytes
         static_j = self.static_w * measurement.duration_s
+        throttle = self._throttle(measurement.duration_s, float(dynamic_E.sum()) + shared_j)
+        dynamic_E, shared_j = throttle * dynamic_E, throttle * shared_j
         busy_E = np.maximum(done.flops_E / self.flops_per_s, done.bytes_E / self.bytes_per_s)
         static_E = static_j * busy_E / busy_E.sum() if busy_E.sum() > 0 else np.zeros_like(busy_E)
         measured = measurement.energy_j if alone else None
@@ -344,7 +377,7 @@ class EnergyModel:
                     hbm_bytes=float(done.bytes_E[expert]),
                     dynamic_j=own,
                     static_j=float(static_E[expert]) if alone else None,
-                    stderr_j=self._stderr(0.0, float(done.flops_E[expert]), float(done.bytes_E[expert])),
+                    stderr_j=throttle * self._stderr(0.0, float(done.flops_E[expert]), float(done.bytes_E[expert])),
                     joules_per_token=(best + alone * float(static_E[expert])) / tokens if tokens else None,
                     rescaled_j=None if scale is None else best,
                 )

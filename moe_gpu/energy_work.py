@@ -13,6 +13,7 @@ import numpy as np
 class ProductWork:
     """A grouped product as it is executed: (N, K) of one expert's weights, rows padded to multiples of `row_tile`.
 
+    smaller_tiles: of load-aware tiles, whose smallest that fits takes what whole tiles leave.
     elements_per_row: activations that one routed row makes it read and write. every_expert: the weights' traffic is
     that of all experts, visited or not (a weight gradient is written whole).
     """
@@ -23,6 +24,7 @@ class ProductWork:
     row_tile: int
     elements_per_row: float
     every_expert: bool = False
+    smaller_tiles: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class LayerWork:
         hit_SE = _hits(counts_SE)
         flops_E, bytes_E = np.zeros(self.num_experts), np.zeros(self.num_experts)
         for product in self.products:
-            padded_SE = _padded(counts_SE, product.row_tile)
+            padded_SE = _padded(counts_SE, product.row_tile, product.smaller_tiles)
             flops_E += 2.0 * padded_SE.sum(0) * product.n * product.k
             visits_E = np.full(self.num_experts, float(len(hit_SE))) if product.every_expert else hit_SE.sum(0)
             elements_E = visits_E * product.n * product.k + counts_SE.sum(0) * product.elements_per_row
@@ -97,13 +99,23 @@ def _hits(counts_SE: np.ndarray) -> np.ndarray:
     return np.where(_whole(counts_SE), counts_SE > 0, 1 - np.exp(-counts_SE))
 
 
-def _padded(counts_SE: np.ndarray, tile: int) -> np.ndarray:
-    """Rows up to a multiple of the tile; of a mean, the expected value over Poisson's scatter."""
+def _padded(counts_SE: np.ndarray, tile: int, smaller: tuple[int, ...] = ()) -> np.ndarray:
+    """Rows up to a multiple of the tile; of a mean, the expected value over Poisson's scatter.
+
+    smaller: tiles that take the rest; of a mean they save what they do on average over rests from 1 to a whole tile.
+    """
     whole = _whole(counts_SE)
     padded = np.ceil(counts_SE / tile) * tile
+    if smaller:
+        classes = np.array(sorted((*smaller, tile)))
+        saved_of_rest = tile - classes[np.searchsorted(classes, np.arange(1, tile + 1))]  # by rests of 1 to tile rows
+        rest_SE = np.where(whole, (counts_SE - 1) % tile, 0).astype(np.int64)
+        saved_SE = np.where(whole, saved_of_rest[rest_SE], saved_of_rest.mean()) * _hits(counts_SE)
+    else:
+        saved_SE = np.zeros_like(counts_SE)
     for index in zip(*np.nonzero(~whole), strict=True):
         padded[index] = tile * _expected_tiles(float(counts_SE[index]), tile)
-    return padded
+    return padded - saved_SE
 
 
 def _whole(counts_SE: np.ndarray) -> np.ndarray:

@@ -103,7 +103,7 @@ class Explanation:
     step: str
     path: str
     why: str
-    tile: dict[str, int] | None = None
+    tile: dict[str, Any] | None = None
     not_hopper: str | None = None
     programs: int | None = None
     shared_bytes: int | None = None
@@ -292,7 +292,9 @@ def layer_work(
         step = step or steps.get(kind)
         elements = _elements_per_row(kind, product.weights, c, training, step)
         every_expert = kind.startswith("grad_w")
-        products.append(ProductWork(kind, product.n, product.k, _row_tile(kind, step), elements, every_expert))
+        smaller = () if step is None or step.tile is None else step.tile.get("smaller_ms", ())
+        work = ProductWork(kind, product.n, product.k, _row_tile(step), elements, every_expert, smaller)
+        products.append(work)
     element = dtype.itemsize
     passes = 3 if training else 1
     combined = (c.top_k + 1) * (c.expert_dim + (c.input_dim if training else 0))
@@ -308,12 +310,12 @@ def layer_work(
     )
 
 
-def _row_tile(kind: str, step: Explanation | None) -> int:
+def _row_tile(step: Explanation | None) -> int:
     """The multiple to which rows of an expert are padded; 1 where no tile is known."""
     if step is None or step.tile is None:
         return 1
-    if step.path == "gluon":  # TILE_M and TILE_K of hopper_common.py, which needs Triton's Gluon
-        return 64 if kind.startswith("grad_w") else 128
+    if step.path == "gluon":  # GRANULE and TILE_K of hopper_common.py, which needs Triton's Gluon
+        return 64
     return step.tile["block_m"]
 
 
@@ -358,7 +360,7 @@ def print_explanations(gpu: Gpu, title: str, explanations: list[Explanation]) ->
         print("  ".join(cells))
     for e in explanations:
         if e.tile is not None:
-            print(f"{e.step}: {', '.join(f'{name} {value}' for name, value in e.tile.items())}; {e.why}")
+            print(f"{e.step}: {', '.join(f'{name} {value}' for name, value in e.tile.items() if value != ())}; {e.why}")
     for reason in dict.fromkeys(e.not_hopper for e in explanations if e.not_hopper):
         print(f"not the kernels for Hopper: {reason}")
     if all(e.floor_ms is None for e in explanations):

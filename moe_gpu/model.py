@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from moe_gpu.config import MoEConfig, RouterConfig, validate_expert
+from moe_gpu.cuda_graph_manager import BatchScheduler, CUDAGraphManager
 from moe_gpu.energy_work import LayerWork
 from moe_gpu.expert_cache import ExpertCache, LayerCache
 from moe_gpu.layer_energy import LayerEnergy, feature_reason, work_of
@@ -98,6 +100,10 @@ class MoEStats:
     def copy_counts(self) -> AsyncCopy:
         """Start copying `counts_E` to the host: `.ready()` never waits, `.result()` waits for this copy alone."""
         return AsyncCopy(self.counts_E)
+
+    def first_tokens(self, keep: int) -> MoEStats:
+        """What the first `keep` tokens did, where all after them were padding."""
+        return replace(self, routing=self.routing.first_tokens(keep), router_logits_TE=self.router_logits_TE[:keep])
 
     @property
     def load_balancing_loss(self) -> torch.Tensor:
@@ -235,6 +241,8 @@ class AdvancedMoELayer(_MoEBase):
     yet is never pretended: it is listed there as inactive and logged once.
     `hbm_budget` (bytes, "8GiB", a share of the experts, or an ExpertCache that several layers share) keeps the experts'
     weights in host memory and as many as fit in device memory, for inference: the layer begins in eval mode.
+    `use_cuda_graphs` replays the layer as a CUDA graph in eval mode without gradients, once a number of tokens repeats;
+    True gives the layer a CUDAGraphManager, or pass one, which several layers may share.
     Raises ValueError for sizes that do not fit and for a wrong dtype.
     """
 
@@ -248,7 +256,7 @@ class AdvancedMoELayer(_MoEBase):
         capacity_factor: float | None = None,
         total_slices: int = 8,
         use_triton: bool = True,
-        use_cuda_graphs: bool = True,
+        use_cuda_graphs: bool | CUDAGraphManager = True,
         enable_energy_monitoring: bool = True,
         allocation_policy: SliceAllocationPolicy = SliceAllocationPolicy.DYNAMIC,
         *,
@@ -296,20 +304,26 @@ class AdvancedMoELayer(_MoEBase):
         self._hbm: LayerCache | None = None
         if hbm_budget is not None:
             self.eval().set_hbm_budget(hbm_budget)
-        self._asked = {
-            "cuda_graphs": (use_cuda_graphs, "no graph manager yet; capture the layer with torch.cuda.graph"),
-            "slices": (
-                total_slices > 1,
-                "no slice is held: a plan of AdvancedGPUSliceManager gives a layer one by layer.use_slice; policy "
-                f"{allocation_policy.name} does not divide the experts of one layer yet",
-            ),
+        self.scheduler: BatchScheduler | None = None
+        self.graphs: CUDAGraphManager | None = None
+        if use_cuda_graphs:
+            self.graphs = use_cuda_graphs if isinstance(use_cuda_graphs, CUDAGraphManager) else CUDAGraphManager()
+        self._graph_owner = CUDAGraphManager.new_owner()
+        self._without_slice = Feature(
+            total_slices > 1,
+            False,
+            "no slice is held: a plan of AdvancedGPUSliceManager gives a layer one by layer.use_slice; policy "
+            f"{allocation_policy.name} does not divide the experts of one layer yet",
+        )
+        features = {
+            "cuda_graphs": self._graphs_feature(),
+            "slices": self._without_slice,
+            "energy": self._energy_feature(),
         }
-        energy = self._energy_feature()
-        inactive = {**self._asked, "energy": (energy.asked and not energy.active, energy.reason)}
-        for name, (asked, reason) in inactive.items():
-            if asked and name not in _ANNOUNCED:
+        for name, feature in features.items():
+            if feature.asked and not feature.active and name not in _ANNOUNCED:
                 _ANNOUNCED.add(name)
-                logger.info("AdvancedMoELayer: %s asked for and not active: %s", name, reason)
+                logger.info("AdvancedMoELayer: %s asked for and not active: %s", name, feature.reason)
 
     @classmethod
     def from_config(cls, config: MoEConfig, **options) -> AdvancedMoELayer:
@@ -400,6 +414,16 @@ class AdvancedMoELayer(_MoEBase):
         self.slice = held
         self._make_ops()
 
+    def use_scheduler(self, scheduler: BatchScheduler | None) -> None:
+        """Let a scheduler run the shared expert beside the routed ones where that is faster; None: after each other.
+
+        Not in a slice, under an hbm_budget, in torch.compile, nor away from the scheduler's kind of device. Raises
+        ValueError for a layer without a shared expert.
+        """
+        if scheduler is not None and self.shared_expert is None:
+            raise ValueError("this layer has no shared expert to run beside the others; give shared_hidden_dim")
+        self.scheduler = scheduler
+
     @property
     def features(self) -> dict[str, Feature]:
         """What each flag came to on the layer's present device."""
@@ -411,12 +435,44 @@ class AdvancedMoELayer(_MoEBase):
         features["expert_cache"] = (
             Feature(False, False, "pass hbm_budget=...") if self._hbm is None else Feature(True, True, str(self._hbm))
         )
-        for name, (asked, reason) in self._asked.items():
-            features[name] = Feature(asked, False, reason)
-        if self.slice is not None:
-            features["slices"] = self._slice_feature(self.slice, backend.name)
+        features["cuda_graphs"] = self._graphs_feature()
+        held = self.slice
+        features["slices"] = self._without_slice if held is None else self._slice_feature(held, backend.name)
         features["energy"] = self._energy_feature()
         return features
+
+    def _graphs_feature(self) -> Feature:
+        if self.graphs is None:
+            return Feature(False, False, "use_cuda_graphs=False")
+        device = self.router_weight.device
+        reason = self.graph_conflict()
+        if device.type != "cuda":
+            reason = f"CUDA graphs need an NVIDIA GPU, and the layer is on {device}"
+        if reason is not None:
+            return Feature(True, False, reason)
+        return Feature(True, True, f"{self.graphs}, in eval mode without gradients")
+
+    def graph_facts(self) -> tuple[object, ...]:
+        """What a graph of this layer depends on besides its input and the addresses of its weights."""
+        counters = None if self.profiler is None else self.profiler.state_LS
+        profiled = None if counters is None else (counters.data_ptr(), self.layer_index)
+        return (self.ops.sm_budget, self.use_triton, self.debug, self._hbm is None, profiled, id(self.scheduler))
+
+    def graph_conflict(self) -> str | None:
+        """Why no graph can be captured of this layer as it is; None where one can."""
+        if self.debug:
+            return "debug=True reads the routing on the host"
+        return None if self._hbm is None else "an hbm_budget decides on the host which experts to load"
+
+    def padding_conflict(self) -> str | None:
+        """Why tokens of padding would change the others' results; None where they do not."""
+        factor = self.config.capacity_factor
+        return None if factor is None else f"capacity_factor={factor} drops routes by the number of tokens"
+
+    def discount_padding(self, num_tokens: int) -> None:
+        """Take back what the profiler counted for so many tokens of NaN that were padding."""
+        if self.profiler is not None:
+            self.profiler.discount_invalid(num_tokens * self.config.top_k, self.layer_index)
 
     def _energy_feature(self) -> Feature:
         if self._energy is None:
@@ -448,6 +504,7 @@ class AdvancedMoELayer(_MoEBase):
             "experts": None if self.profiler is None else self.profiler.snapshot(self.layer_index),
             "energy": energy,
             "expert_cache": None if self._hbm is None else self._hbm.cache.stats(),
+            "cuda_graphs": None if self.graphs is None else self.graphs.get_stats(),
         }
 
     def energy_work(self, num_tokens: int, mode: str = "forward") -> LayerWork:
@@ -460,35 +517,85 @@ class AdvancedMoELayer(_MoEBase):
 
     def forward(self, x: torch.Tensor, router_logits_TE: torch.Tensor | None = None) -> tuple[torch.Tensor, MoEStats]:
         """`(output, stats)`; `router_logits_TE` replaces the router's own logits."""
-        c = self.config
         if self._hbm is not None and self.training:
             raise ValueError(
                 "hbm_budget serves inference only and this layer is training; call .eval(), or give no budget"
             )
         x_TH = self._flatten(x)
-        ops = self.ops
-        logits_TE = self._logits(x_TH, router_logits_TE)
-        routing = ops.route(logits_TE, c.top_k, c.router, self.selection_bias_E, c.capacity(x_TH.shape[0]))
-        if self.debug and int(routing.num_invalid):
-            raise ValueError(f"{int(routing.num_invalid)} routes have NaN router logits (debug=True)")
-        weights = self.expert_weights
-        rows_TH = x_TH
-        if torch.is_autocast_enabled(x.device.type):
-            rows_TH = x_TH.to(torch.get_autocast_dtype(x.device.type))
-        # Under a budget the host waits for the routing: the shared expert keeps the device busy meanwhile.
-        shared_TO = None if self.shared_expert is None else self.shared_expert(x_TH)
-        if self._hbm is None:
-            out_TO = ops.experts(rows_TH, routing, weights.to(rows_TH.dtype), c.activation)
+        traced = torch.compiler.is_compiling()
+        if self.graphs is None or router_logits_TE is not None or traced:
+            out_TO, stats = self._compute(x_TH, router_logits_TE)
         else:
-            out_TO = self._hbm.run(rows_TH, routing, weights, c.activation, ops)
+            if self.profiler is not None and self.profiler.state_LS is None:
+                self.profiler.attach(x.device)
+            out_TO, stats = self.graphs.call(self._compute, x_TH, (self,), self._graph_owner)
+            if self.profiler is not None:
+                self.profiler.poll_if_due()
+        if self._energy is not None and not traced:
+            self._energy.note(x_TH.shape[0])
+        return out_TO.view(*x.shape[:-1], self.config.expert_dim), stats
+
+    def _compute(
+        self, x_TH: torch.Tensor, router_logits_TE: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, MoEStats]:
+        """What a graph holds: everything that a call does on the device."""
+        ops = self.ops
+        rows_TH = x_TH
+        if torch.is_autocast_enabled(x_TH.device.type):
+            rows_TH = x_TH.to(torch.get_autocast_dtype(x_TH.device.type))
+        weights = self.expert_weights
+        shared_TO: torch.Tensor | None = None
+        if self.scheduler is not None and self._may_schedule(self.scheduler):
+            (out_TO, routing, logits_TE), shared_TO = self.scheduler.run(
+                partial(self._routed, x_TH, rows_TH, weights, router_logits_TE),
+                lambda _: self._shared(x_TH),
+                key=(1 << max(0, x_TH.shape[0] - 1).bit_length(), rows_TH.dtype),
+            )
+        elif self._hbm is not None:
+            # The host waits for the routing: the shared expert keeps the device busy meanwhile.
+            logits_TE, routing = self._route(x_TH, router_logits_TE, ops)
+            shared_TO = self._shared(x_TH)
+            out_TO = self._hbm.run(rows_TH, routing, weights, self.config.activation, ops)
+        else:
+            out_TO, routing, logits_TE = self._routed(x_TH, rows_TH, weights, router_logits_TE, ops.sm_budget)
+            shared_TO = self._shared(x_TH)
         if shared_TO is not None:
             out_TO = out_TO + shared_TO
         if self.profiler is not None:
             self.profiler.record(routing.demand_P, self.layer_index)
-        if self._energy is not None and not torch.compiler.is_compiling():
-            self._energy.note(x_TH.shape[0])
-        stats = MoEStats(routing, logits_TE, ops.backend_for(rows_TH.dtype).name)
-        return out_TO.view(*x.shape[:-1], c.expert_dim), stats
+        return out_TO, MoEStats(routing, logits_TE, ops.backend_for(rows_TH.dtype).name)
+
+    def _may_schedule(self, scheduler: BatchScheduler) -> bool:
+        here = scheduler.streams.device.type == self.router_weight.device.type
+        return here and self._hbm is None and self.slice is None and not torch.compiler.is_compiling()
+
+    def _shared(self, x_TH: torch.Tensor) -> torch.Tensor | None:
+        return None if self.shared_expert is None else self.shared_expert(x_TH)
+
+    def _route(
+        self, x_TH: torch.Tensor, given_TE: torch.Tensor | None, ops: TritonExpertOps
+    ) -> tuple[torch.Tensor, Routing]:
+        c = self.config
+        logits_TE = self._logits(x_TH, given_TE)
+        routing = ops.route(logits_TE, c.top_k, c.router, self.selection_bias_E, c.capacity(x_TH.shape[0]))
+        if self.debug and int(routing.num_invalid):
+            raise ValueError(f"{int(routing.num_invalid)} routes have NaN router logits (debug=True)")
+        return logits_TE, routing
+
+    def _routed(
+        self,
+        x_TH: torch.Tensor,
+        rows_TH: torch.Tensor,
+        weights: ExpertWeights,
+        given_TE: torch.Tensor | None,
+        sm_budget: int | None,
+    ) -> tuple[torch.Tensor, Routing, torch.Tensor]:
+        """The routed experts' output, in so many SMs (None: all), with the routing and its logits."""
+        ops = self.ops
+        if sm_budget != ops.sm_budget:
+            ops = TritonExpertOps(x_TH.device, self.use_triton, sm_budget)
+        logits_TE, routing = self._route(x_TH, given_TE, ops)
+        return ops.experts(rows_TH, routing, weights.to(rows_TH.dtype), self.config.activation), routing, logits_TE
 
 
 def _finish_copies(layer: AdvancedMoELayer, *_: object) -> None:

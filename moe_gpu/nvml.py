@@ -219,6 +219,14 @@ class Device:
             raise NotSupportedError("NOT_SUPPORTED", "total energy (reported as 0)")
         return value
 
+    def power_limit_w(self) -> float | None:
+        """Watts that the board is kept below, or None where it does not say."""
+        try:
+            limit = self._read("power limit", lambda library, handle: library.nvmlDeviceGetEnforcedPowerLimit(handle))
+        except NvmlError:
+            return None
+        return limit / 1000 if limit else None
+
     def powers_w(self) -> dict[str, float | NvmlError]:
         """Watts by `instant`, `average` (both of the GPU) and `memory`; the error where one is not to be had."""
         fields = {"instant": (186, 0), "average": (185, 0), "memory": (186, 2)}

@@ -174,7 +174,17 @@ class ExpertProfiler:
             torch.ops.moe_gpu.count_load(self._state_LS[layer], demand_P)
         else:
             count_load_reference(self._state_LS[layer], demand_P)
-        if not torch.compiler.is_compiling() and time.monotonic() - self._last_copy >= self.copy_interval_s:
+        if not torch.compiler.is_compiling():
+            self.poll_if_due()
+
+    def discount_invalid(self, routes: int, layer: int = 0) -> None:
+        """Take back invalid routes that were counted and were padding, as of a replayed graph; never waits."""
+        assert self._state_LS is not None
+        self._state_LS[layer, self.num_experts].sub_(routes)
+
+    def poll_if_due(self) -> None:
+        """`poll`, if `copy_interval_s` has passed since the last copy began; for after a graph's replay."""
+        if time.monotonic() - self._last_copy >= self.copy_interval_s:
             self.poll()
 
     def poll(self) -> None:

@@ -76,6 +76,20 @@ class Routing:
     def num_experts(self) -> int:
         return self.offsets_P.shape[0] - 1
 
+    def first_tokens(self, keep: int) -> Routing:
+        """The routing of the first `keep` tokens, where all after them are padding: tokens of NaN logits, dropless."""
+        num_tokens, top_k = self.topk_ids_TK.shape
+        demand_P = self.demand_P.clone()
+        demand_P[-1].sub_((num_tokens - keep) * top_k)
+        return Routing(
+            self.topk_ids_TK[:keep],
+            self.topk_weights_TK[:keep],
+            demand_P,
+            self.offsets_P,
+            self.row_route_R[: keep * top_k],
+            self.row_of_route_TK[:keep],
+        )
+
     @property
     def top_k(self) -> int:
         return self.topk_ids_TK.shape[1]

@@ -59,6 +59,10 @@ class Ceiling:
     how: str
 
 
+# The scope of rows whose "providers" are one layer with more or fewer of its parts.
+ABLATION = "ablation"
+
+
 @dataclass(frozen=True)
 class BenchmarkRow:
     """One provider on one shape, routing, pass and launch mode.
@@ -163,7 +167,7 @@ class TileRow:
     kind: ClassVar[str] = "tile"
     kernel: str  # a kind of product in `tuning.KINDS`, or "mlp"
     problem: str
-    config: dict[str, int]
+    config: dict[str, int | tuple[int, ...]]
     time_ms: float | None = None
     tflops: float | None = None
     error: str | None = None
@@ -213,8 +217,8 @@ class SliceRow:
     """One measurement of slices. status: "ok", "unavailable" or "failed"; `reason` says why unless ok."""
 
     kind: ClassVar[str] = "slice"
-    table: str  # "rate", "launch", "partition", "interference", "isolation", "cost" or "profiler"
-    arm: str  # how the work was kept apart: "alone", "unsliced", "priorities", "cta", "green_context", ...
+    table: str  # "rate", "launch", "partition", "interference", "isolation", "cost", "profiler", "graphs" or "beside"
+    arm: str  # how the work was kept apart, or launched: "alone", "unsliced", "cta", "green_context", "replay", ...
     what: str  # the work that was timed
     status: str = "ok"
     reason: str | None = None
@@ -226,7 +230,7 @@ class SliceRow:
     p99_ms: float | None = None
     max_ms: float | None = None
     value: float | None = None
-    unit: str | None = None  # of `value`: "FLOP/s", "B/s", "background calls/s", "SMs", "ratio"
+    unit: str | None = None  # of `value`: "FLOP/s", "B/s", "B", "ms", "background calls/s", "SMs", "ratio"
 
 
 @dataclass(frozen=True)

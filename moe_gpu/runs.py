@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from moe_gpu.benchmark import MoEBenchmark, run_full_benchmark, run_quick_benchmark
+from moe_gpu.benchmark.ablation import Ablation, default_preset, print_ablation
 from moe_gpu.benchmark.problem import parse_dtype
 from moe_gpu.benchmark.suite import choose_device
 from moe_gpu.benchmark.table import print_rows
@@ -19,7 +20,7 @@ from moe_gpu.extras import MissingExtraError
 from moe_gpu.plots import FIGURES, draw_training, require_matplotlib
 from moe_gpu.profiler import RoutingTrace
 from moe_gpu.report import write_report
-from moe_gpu.results import BenchmarkRow, Row, TrainingRow, read_rows, select, writable_directory, write_rows
+from moe_gpu.results import ABLATION, BenchmarkRow, Row, TrainingRow, read_rows, select, writable_directory, write_rows
 from moe_gpu.training import (
     TrainConfig,
     TrainResult,
@@ -53,18 +54,27 @@ def run_bench(
     routings: Sequence[str] | None = None,
     trace: str | Path | None = None,
     energy: bool = False,
+    ablation: bool = False,
     **options: Any,
 ) -> list[Row]:
     """Benchmark a layer, print the table and write `results.jsonl`.
 
     preset: `small` by default; sizes (`input_dim`, ...) replace its own. quick, full: the ready-made suites. trace: a
     file, replayed by default where it is given. energy: measure it too; EnergyUnavailableError, before any work, where
-    there is none to measure. options: MoEBenchmark's; None leaves its default.
+    there is none to measure. ablation: what each part of the layer brings, instead. options: MoEBenchmark's; None
+    leaves its default.
     Raises ValueError before any work for what cannot run.
     """
     if quick and (full or preset):
         raise ValueError(f"--quick chooses its own preset; leave out {'--full' if full else f'--preset {preset}'}")
     chosen = {name: value for name, value in options.items() if value is not None}
+    if ablation:
+        others = {"--quick": quick, "--full": full, "--energy": energy, "--trace": trace, "--mode": chosen.get("modes")}
+        others |= {"--provider": chosen.get("providers"), "--launch": chosen.get("launches")}
+        clashing = [name for name, value in others.items() if value]
+        if clashing:
+            raise ValueError(f"--ablation does not go with {' and '.join(clashing)}; leave one of them out")
+        return _run_ablation(output_dir, preset, _given(sizes), routings, chosen)
     if routings or trace:
         chosen["routings"] = list(routings or ["trace"])
     if trace:
@@ -101,6 +111,26 @@ def run_bench(
         print_energy(rows)
         for remark in attributions.remarks:
             print(remark)
+    print(f"results: {directory / RESULTS_FILE}")
+    return rows
+
+
+def _run_ablation(
+    output_dir: str | Path,
+    preset: str | None,
+    sizes: Mapping[str, int],
+    routings: Sequence[str] | None,
+    options: Mapping[str, Any],
+) -> list[Row]:
+    named = _named_config(preset or default_preset(options.get("device")), sizes)
+    chosen = {**options, **({"routings": list(routings)} if routings else {})}
+    ablation = Ablation(named[1], model=named[0], **chosen)
+    directory = writable_directory(output_dir)
+    with progress_bar("ablation") as progress:
+        rows = ablation.run(progress)
+    write_rows(directory / RESULTS_FILE, rows)
+    print_rows([row for row in rows if getattr(row, "scope", None) != ABLATION])
+    print_ablation(rows)
     print(f"results: {directory / RESULTS_FILE}")
     return rows
 

@@ -1,8 +1,8 @@
 """`moe-gpu tune`: time the candidate tiles of every product on this GPU, and keep the fastest in its table.
 
 Candidates compile in parallel into Triton's cache; then each is checked against plain PyTorch in float64 and timed, in
-turn with the others, from a cold L2. Routing is uniform. The tile that serves now stays unless it is beaten by more
-than MARGIN.
+turn with the others, from a cold L2, under the routing that is asked for. The tile that serves now stays unless it is
+beaten by more than MARGIN.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe_gpu.benchmark.check import Comparison
+from moe_gpu.benchmark.problem import sample_choices, zipf_exponent
 from moe_gpu.benchmark.timing import Job, Timer, attempt, measure_ceilings, time_interleaved
 from moe_gpu.config import PRESETS, MoEConfig
 from moe_gpu.console import Progress, progress_bar
@@ -44,7 +45,15 @@ from moe_gpu.triton_kernels.tile_table import (
     rows_bucket,
     write_table,
 )
-from moe_gpu.triton_kernels.tuning import KINDS, GemmConfig, HopperConfig, gather_first, half_tiles, operand_bytes
+from moe_gpu.triton_kernels.tuning import (
+    KINDS,
+    GemmConfig,
+    HopperConfig,
+    gather_first,
+    half_tiles,
+    load_aware_tiles,
+    operand_bytes,
+)
 
 if TYPE_CHECKING:
     from moe_gpu.triton_kernels.products import Products
@@ -59,12 +68,16 @@ COMPILE_SHARE = 0.6
 
 @dataclass(frozen=True)
 class Case:
-    """One cell of the table to be measured: a product of a preset at a number of tokens, on so many SMs."""
+    """One cell of the table to be measured: a product of a preset at a number of tokens, on so many SMs.
+
+    routing: as `sample_choices` takes it. A table keeps no routing: the last run of a cell stands.
+    """
 
     preset: str
     product: LayerProduct
     tokens: int
     sms: int
+    routing: str = "uniform"
 
     @property
     def config(self) -> MoEConfig:
@@ -80,7 +93,8 @@ class Case:
         return Cell(p.kind, DTYPE.itemsize * 8, rows_bucket(self.rows, self.config.num_experts), p.n, p.k, self.sms)
 
     def __str__(self) -> str:
-        return f"{self.preset} {self.product.weights} T={self.tokens} on {self.sms} SMs"
+        skew = "" if self.routing == "uniform" else f" {self.routing}"
+        return f"{self.preset} {self.product.weights} T={self.tokens}{skew} on {self.sms} SMs"
 
 
 def default_tokens(config: MoEConfig) -> list[int]:
@@ -94,8 +108,12 @@ def plan(
     tokens: Sequence[int] | None = None,
     kinds: Sequence[str] | None = None,
     sm_budgets: Sequence[int] | None = None,
+    routing: str = "uniform",
 ) -> list[Case]:
-    """The cells to measure, one a bucket; ValueError for a budget that the GPU has not got."""
+    """The cells to measure, one a bucket; ValueError for a budget that the GPU has not got, or an unknown routing."""
+    if routing == "trace":
+        raise ValueError("routing='trace' has no trace here; give uniform or zipf-S, such as zipf-1.2")
+    zipf_exponent(routing)
     for budget in sm_budgets or ():
         if budget > gpu.num_sms:
             raise ValueError(f"--sm-budget {budget} exceeds the {gpu.num_sms} SMs of {gpu.name}; give fewer")
@@ -106,7 +124,7 @@ def plan(
         for count, sms in itertools.product(tokens or default_tokens(c), sm_budgets or [gpu.num_sms]):
             for product in (*layer_products(c), ordered):
                 if product.kind in (kinds or KINDS):
-                    case = Case(preset, product, count, sms)
+                    case = Case(preset, product, count, sms, routing)
                     cases.setdefault(case.cell, case)
     return list(cases.values())
 
@@ -132,6 +150,7 @@ def candidates(kind: str, rows_per_expert: float, shared_bytes: int, gated: bool
         found += [tile for tile in plain if tile.width == tile.store_width(kind == "up" and gated)]
     found += half_tiles(kind, shared_bytes).values()
     found += _plain_candidates(kind, rows_per_expert)
+    found += load_aware_tiles(kind)
     return [tile for tile in dict.fromkeys(found) if operand_bytes(kind, tile, gated) < shared_bytes]
 
 
@@ -159,7 +178,7 @@ def _plain_candidates(kind: str, rows_per_expert: float) -> Iterator[GemmConfig]
 class Operands:
     """A layer's tensors at a number of tokens, and its products on them by a given tile."""
 
-    def __init__(self, config: MoEConfig, tokens: int, device: torch.device) -> None:
+    def __init__(self, config: MoEConfig, tokens: int, device: torch.device, routing: str = "uniform") -> None:
         generator = torch.Generator(device).manual_seed(0)
 
         def normal(*shape: int, std: float = 1.0) -> torch.Tensor:
@@ -171,7 +190,7 @@ class Operands:
         self.down = normal(c.num_experts, c.expert_dim, c.hidden_dim, std=c.hidden_dim**-0.5)
         self.x, self.grad_out = normal(tokens, c.input_dim), normal(tokens, c.expert_dim)
         self.act, self.h, self.grad_h = normal(rows, c.hidden_dim), normal(rows, c.up_rows), normal(rows, c.up_rows)
-        ids = torch.rand(tokens, c.num_experts, device=device, generator=generator).topk(c.top_k, dim=1).indices
+        ids = sample_choices(c, tokens, routing, torch.Generator().manual_seed(0)).to(device)
         weights = torch.rand(tokens, c.top_k, device=device, generator=generator) + 0.1
         self.routing = TritonExpertOps(device).sort_routes(ids, weights, c.num_experts)
         self.x_rows = self.x.index_select(0, self.routing.row_token_R)
@@ -461,6 +480,7 @@ def run_tune(
     tokens: Sequence[int] | None = None,
     kinds: Sequence[str] | None = None,
     sm_budgets: Sequence[int] | None = None,
+    routing: str = "uniform",
     seconds: float = 600.0,
     output: Path | None = None,
     dry_run: bool = False,
@@ -468,12 +488,12 @@ def run_tune(
     """Tune this GPU and print what was found; writes the user's table and, to `output`, a row for each candidate.
 
     seconds: about when to stop; what was not measured by then is said and keeps its tile. dry_run: only list the
-    cells. Returns the rows. Raises ValueError without a GPU, for a wrong budget, or for a file that cannot be written.
+    cells. Returns the rows. Raises ValueError without a GPU, for a budget, routing or file that cannot be.
     """
     begin = time.monotonic()
     gpu = present_gpu()
     assert gpu.device is not None  # present
-    cases = plan(gpu, presets, tokens, kinds, sm_budgets)
+    cases = plan(gpu, presets, tokens, kinds, sm_budgets, routing)
     work = [(case, *_candidates_of(case, gpu)) for case in cases]
     if dry_run:
         for case, tiles, _, current in work:
@@ -525,7 +545,7 @@ def _measured(
         if made_for != (case.preset, case.tokens):
             operands = None  # before the next are made
             torch.cuda.empty_cache()
-            made = attempt(functools.partial(Operands, case.config, case.tokens, device))
+            made = attempt(functools.partial(Operands, case.config, case.tokens, device, case.routing))
             operands, made_for = made.value, (case.preset, case.tokens)
         progress(number, len(by_size), f"{case.product.kind} {case}")
         if operands is not None:

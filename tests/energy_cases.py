@@ -91,6 +91,9 @@ class InventedMeter:
     def shared_with_others(self) -> bool | None:
         return self.shared
 
+    def power_limit_w(self) -> float | None:
+        return None
+
     def driver_version(self) -> str | None:
         return "999.99"
 

@@ -20,7 +20,15 @@ from moe_gpu.cli.cache import CACHE_POLICIES
 from moe_gpu.config import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ["README.md", "QUICKSTART.md", "docs/energy.md", "docs/expert_cache.md", "docs/slicing.md", "docs/top.md"]
+DOCUMENTS = [
+    "README.md",
+    "QUICKSTART.md",
+    "docs/energy.md",
+    "docs/expert_cache.md",
+    "docs/graphs.md",
+    "docs/slicing.md",
+    "docs/top.md",
+]
 COMMANDS = ["demo", "bench", "train", "generate", "report", "profile", "tune", "doctor", "top", "completion"]
 GROUPS = {"energy": ["measure", "calibrate", "report", "watch"]}
 KEPT = "an earlier run's file\n"
@@ -74,6 +82,9 @@ def refused(capsys, *arguments: str | Path) -> str:
         (["tune", "--kind", "sideways"], ["'sideways'", "grad_w_gather"]),
         (["tune", "--preset", "gpt-9"], ["'gpt-9'", "qwen3-30b-a3b"]),
         (["tune", "--seconds", "0"], ["0 is below", "at least 1"]),
+        (["bench", "--ablation", "--launch", "graph"], ["--ablation", "--launch", "leave one"]),
+        (["bench", "--ablation", "--quick", "--energy"], ["--ablation", "--quick and --energy"]),
+        (["bench", "--ablation", "--routing", "zipf-x"], ["'zipf-x'", "zipf-1.2"]),
         (["bench", "--quick", "--full"], ["--quick", "--full"]),
         (["bench", "--quick", "--preset", "large"], ["--quick", "--preset large"]),
         (["bench", "--output-dir"], ["--output-dir", "requires an argument"]),

@@ -18,6 +18,7 @@ from moe_gpu import AdvancedMoELayer, ExpertProfiler, layer_energy
 from moe_gpu.config import PRESETS
 from moe_gpu.energy import standard_workloads
 from moe_gpu.energy_model import CalibrationError, EnergyModel, Workload, calibration_path, nonnegative_least_squares
+from moe_gpu.energy_work import LayerWork, ProductWork
 from moe_gpu.explain import described_gpu, explain_layer, layer_work
 from moe_gpu.nvml import NoPermissionError
 from moe_gpu.triton_kernels import tile_table
@@ -79,6 +80,36 @@ def test_the_held_out_error_finds_a_workload_that_does_not_obey():
     fitted = EnergyModel.fit(odd, "bfloat16", UUID, None)
     assert fitted.held_out["experts, 256 rows each"] == pytest.approx(1 - 1 / 1.5, abs=0.02)
     assert set(fitted.held_out) == {p.workload for p in odd if not p.anchor}
+
+
+def limited(limit_w):
+    """Windows of a board that obeys the model up to its power limit."""
+    return [replace(p, energy_j=min(p.energy_j, limit_w * p.duration_s)) for p in points()]
+
+
+def test_windows_at_the_power_limit_do_not_spoil_the_fit():
+    limit_w = 0.8 * max(p.energy_j / p.duration_s for p in points())
+    assert sum(p.energy_j / p.duration_s > limit_w for p in points()) >= 8
+    fitted = EnergyModel.fit(limited(limit_w), "bfloat16", UUID, None, limit_w)
+    assert fitted.j_per_flop == pytest.approx(J_PER_FLOP, rel=1e-6)
+    assert fitted.j_per_byte == pytest.approx(J_PER_BYTE, rel=1e-6)
+    assert fitted.held_out_error < 1e-6
+    assert EnergyModel.fit(limited(limit_w), "bfloat16", UUID, None).held_out_error > 0.03, "the limit is what helps"
+
+
+def test_a_window_at_the_power_limit_takes_no_more_than_it_allows():
+    limit_w = 300.0
+    free, bound = (EnergyModel.fit(points(), "bfloat16", UUID, "999.99", limit) for limit in (None, 1e6))
+    bound = replace(bound, power_limit_w=limit_w)
+    work, counts, calls = simple_work(), [64, 64, 64, 64], 20_000_000
+    assert free.predict(work, counts, 5.0, calls)[0] > 5 * limit_w
+    assert bound.predict(work, counts, 5.0, calls)[0] == pytest.approx(5 * limit_w)
+    report = bound.attribute(counts, measured_window(5 * limit_w), work, calls=calls)
+    assert report.total.closure == pytest.approx(0, abs=1e-9)
+    assert report.total.static_j + report.total.dynamic_j + report.total.shared_j == pytest.approx(5 * limit_w)
+    assert sum(row.dynamic_j for row in report.experts) == pytest.approx(report.total.dynamic_j)
+    idle = bound.predict(work, counts, 5.0, 1)[0]
+    assert idle == free.predict(work, counts, 5.0, 1)[0], "below the limit nothing changes"
 
 
 @settings(max_examples=60, deadline=None)
@@ -224,14 +255,25 @@ def test_the_work_of_a_layer_is_that_of_the_tiles_that_serve_it():
         steps = {step.step: step for step in explain_layer(gpu, QWEN, tokens, torch.bfloat16)}
         for product, row_tile in zip(work.products, tiles[tokens], strict=True):
             step = steps.get(f"{product.name} (inference)") or steps[product.name]
-            assert row_tile == (128 if step.path == "gluon" else step.tile["block_m"])
-    assert tiles == {8: [16, 16], 64: [16, 16], 600: [32, 32], 4096: [128, 128]}
+            assert row_tile == (64 if step.path == "gluon" else step.tile["block_m"])
+    assert tiles == {8: [16, 16], 64: [16, 16], 600: [64, 64], 4096: [64, 64]}
     both = layer_work(gpu, QWEN, 4096, torch.bfloat16, "forward+backward")
-    assert [product.row_tile for product in both.products] == [128, 128, 128, 64, 64, 128]
+    assert [product.row_tile for product in both.products] == [64] * 6
     even = [256] * 128
     assert both.execute(even).flops_E.sum() == 3 * QWEN.forward_flops(4096 * 8)
     least = sum(step.min_bytes for step in explain_layer(gpu, QWEN, 4096, torch.bfloat16)[1:3])
     assert layer_work(gpu, QWEN, 4096, torch.bfloat16).execute(even).bytes_E.sum() == pytest.approx(least, rel=0.05)
+
+
+def test_load_aware_tiles_pad_the_rest_to_their_smallest_class():
+    per_row = 2.0 * 16 * 8
+    aware = ProductWork("up", 16, 8, 128, 1.0, smaller_tiles=(16, 64))
+    work = LayerWork(6, 1, "bfloat16", 2, (aware,))
+    padded = work.execute([0, 1, 64, 65, 130, 256]).flops_E / per_row
+    assert padded.tolist() == [0, 16, 64, 128, 144, 256]
+    mean = work.execute([0, 0, 0, 0, 0, 3000.5]).flops_E[5] / per_row
+    rests = np.mean([min(size for size in (16, 64, 128) if size >= rest) - rest for rest in range(1, 129)])
+    assert mean == pytest.approx(3000.5 + rests, abs=1)
 
 
 def test_plain_torch_has_no_known_padding_and_depth_2_no_known_work():
@@ -385,7 +427,7 @@ def test_a_damaged_calibration_is_refused_by_name(damage, tmp_path):
     if damage == "cut":
         path.write_text(path.read_text()[:-30])
     elif damage == "newer":
-        path.write_text(json.dumps({**values, "schema": 2}))
+        path.write_text(json.dumps({**values, "schema": values["schema"] + 1}))
     elif damage == "list":
         path.write_text("[]")
     elif damage == "binary":

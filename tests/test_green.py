@@ -27,6 +27,7 @@ def driver():
 def fake(driver, monkeypatch):
     monkeypatch.setattr(green, "LIBRARY", str(driver))
     monkeypatch.delenv("FAKE_GREEN", raising=False)
+    monkeypatch.setattr(green, "_idle", {})
     library = ctypes.CDLL(str(driver))
     library.fake_reset()
     return library
@@ -75,9 +76,7 @@ def test_without_a_driver_or_its_functions_the_reason_names_a_remedy(monkeypatch
 def present(fake, monkeypatch):
     """An H200 that seems to be here, its streams named by their handles."""
     cuda = SimpleNamespace(
-        ExternalStream=lambda handle, device: ("stream", handle),
-        Stream=lambda index: ("stream", None),
-        synchronize=lambda index: None,
+        ExternalStream=lambda handle, device: ("stream", handle), Stream=lambda index: ("stream", None)
     )
     monkeypatch.setattr(backends, "torch", SimpleNamespace(zeros=lambda *size, device: None, cuda=cuda))
     return replace(described_device("H200"), index=0)
@@ -96,9 +95,40 @@ def test_the_manager_shows_what_it_asked_for_and_what_it_got(present, fake):
     assert (stats["simulated"], stats["note"]) == (False, None)
     assert "hardware" in stats["enforced_by"]
     assert manager.budget(1) == 32
-    assert fake.fake_streams() == 2, "the former partitions were given back"
+    waits = fake.fake_waits()
     manager.close()
-    assert fake.fake_contexts() == 0
+    assert fake.fake_waits() == waits + 2, "work in the partitions has ended before anyone else gets them"
+
+
+def test_a_split_is_made_once_and_used_again_in_any_order(present, fake):
+    manager = AdvancedGPUSliceManager(4, SliceAllocationPolicy.STATIC, present, "green_context")
+    manager.allocate_slices(0, 2)
+    manager.allocate_slices(1, 1)
+    first, contexts, streams = manager.slices, fake.fake_contexts(), fake.fake_streams()
+    stream = manager._backend.stream(manager._slice_of(0).index)
+    for _ in range(20):
+        manager.release_slices(0)
+        manager.allocate_slices(0, 2)
+    assert fake.fake_contexts() == contexts + 1, "that of tenant 1 alone"
+    assert fake.fake_streams() == streams + 1
+    manager.close()
+    other = AdvancedGPUSliceManager(4, SliceAllocationPolicy.STATIC, present, "green_context")
+    other.allocate_slices(5, 1)
+    other.allocate_slices(6, 2)
+    assert fake.fake_contexts() == contexts + 1
+    assert {item.tenant: item.got_sms for item in other.slices} == {5: 32, 6: 64}
+    assert {item.tenant: item.got_sms for item in first} == {0: 64, 1: 32}
+    assert other._backend.stream(other._slice_of(6).index) == stream, "the same 64 SMs"
+    other.close()
+
+
+def test_partitions_in_use_are_nobody_elses(fake):
+    first = green.take_partitions(0, (32, 64))
+    second = green.take_partitions(0, (64, 32))
+    assert not set(first.streams) & set(second.streams)
+    assert [sms for sms, _ in first.in_order_of((32, 64))] == [32, 64]
+    green.keep_partitions(first)
+    assert green.take_partitions(0, (64, 32)) is first
 
 
 def test_a_plan_that_the_driver_refuses_changes_nothing(present, fake, monkeypatch):

@@ -34,6 +34,7 @@ ALLOWED = {
     "expert_cache": LEAVES | {"profiler"},  # its asynchronous copies and routing traces
     "profiler": LEAVES | {"triton_kernels"},  # its counters are added up by a kernel
     "gpu_slice_manager": LEAVES | {"slices", "profiler"},
+    "cuda_graph_manager": LEAVES | {"slices"},  # work beside work runs in slices
     "energy_work": set(),
     "energy_model": LEAVES | {"energy_monitor", "energy_work"},  # it calibrates on windows
     "layer_energy": LEAVES | MANAGERS | {"energy_work", "explain", "triton_kernels"},

@@ -181,6 +181,19 @@ def test_an_expert_cache_is_counted_once_however_many_layers_share_it():
     assert status.used_bytes == cache.stats().used_bytes
 
 
+def test_graph_hits_are_those_of_the_layers_managers():
+    model = make_model().eval()
+    with torch.no_grad():
+        step(model, calls=3)
+    model[1].graphs._hits = 5
+    with publish(model) as publisher:
+        graphs = publisher.status.graphs
+    eager = sum(sum(layer.graphs.get_stats()["eager_calls"].values()) for layer in model)
+    assert (graphs.replays, graphs.eager_calls) == (5, eager)
+    with publish(make_model(use_cuda_graphs=False)) as publisher:
+        assert publisher.status.graphs is None
+
+
 def test_a_transformers_model_is_published():
     pytest.importorskip("transformers.integrations.moe", reason="transformers has no experts interface here")
     import moe_gpu

@@ -56,7 +56,9 @@ SCENARIOS = {
 device = nvml.Device()
 told = [asdict(device.sample(7)), device.name, device.driver_version(), device.shared_with_others(),
     nvml.driver_version(), nvml.device_count(), nvml.mig_mode(0), nvml.power_w(device.uuid),
-    nvml.sm_clock_mhz(device.uuid)]
+    nvml.sm_clock_mhz(device.uuid), device.power_limit_w()]
+put(fault_code=3, fault_where=2)
+told.append(device.power_limit_w())
 """,
     "processes": """
 put(processes=2)
@@ -247,7 +249,7 @@ def test_the_device_as_the_library_tells_it(told):
         "error": None,
     }
     assert name == "Fake GPU, no real one"
-    assert rest == ["999.99", False, "999.99", 1, False, 300.0, 1980]
+    assert rest == ["999.99", False, "999.99", 1, False, 300.0, 1980, 700.0, None]
 
 
 def test_other_processes_are_seen(told):

@@ -13,7 +13,7 @@ import pytest
 
 from moe_gpu import plots
 from moe_gpu.plots import canvas, data
-from moe_gpu.results import BenchmarkRow, ExpertLoadRow, TrainingRow, write_rows
+from moe_gpu.results import ABLATION, BenchmarkRow, ExpertLoadRow, TrainingRow, write_rows
 from tests.result_rows import (
     CPU,
     GPU,
@@ -230,7 +230,65 @@ def test_ablation_draws_recorded_ratios_and_invents_no_steps(texts, tmp_path):
     assert "8.00x  n=2" in texts.words  # replayed, over the loop
     assert texts.words.count("4.00x  n=1") == 2  # replayed over eager, at each number of tokens
     assert "not measured: not installed" in texts.words
-    assert "No row records a kernel or a fusion switched off." in texts.all
+    assert "No row records a part switched off: `moe-gpu bench --ablation` does." in texts.all
+
+
+def part_rows(**times_ms):
+    """An ablation's rows by variant, None where it has no time."""
+    rows = []
+    for name, ms in times_ms.items():
+        row = missing(name, "no such GPU") if ms is None else benchmark_row(name, 64, ms)
+        rows.append(replace(row, scope=ABLATION))
+    return rows
+
+
+def test_ablation_draws_parts_added_and_left_out(texts, tmp_path):
+    parts = part_rows(**{"baseline": 8.0, "+ kernels": 4.0, "+ graphs": 2.0, "all but kernels": None})
+    parts += part_rows(**{"all but graphs": 4.0})
+    plots.draw_ablation([GPU, *small_rows(), *parts], tmp_path / "a.png")
+    added, left_out = texts.panels[-2:]
+    words = [[text.get_text() for text in axis.texts] for axis in (added, left_out)]
+    assert [label.get_text() for label in added.get_yticklabels()] == ["+ kernels", "+ graphs"]
+    assert {"2.00x  n=1", "4.00x  n=1"} <= set(words[0])
+    assert [label.get_text() for label in left_out.get_yticklabels()] == ["all but kernels", "all but graphs"]
+    assert {"0.50x  n=1", "not measured: no such GPU"} <= set(words[1])
+    assert "No row records a part switched off" not in texts.all
+
+
+@pytest.mark.parametrize("name", [name for name in plots.FIGURES if name != "ablation_study.png"])
+def test_an_ablations_variants_are_no_providers_elsewhere(name, texts, tmp_path):
+    parts = part_rows(**{"baseline": 8.0, "+ kernels": 4.0})
+    plots.FIGURES[name]([GPU, *small_rows(), *parts], tmp_path / name)
+    assert "+ kernels" not in texts.all
+
+
+@pytest.mark.parametrize("name", ["gpu_utilization.png", "scaling_analysis.png"])
+def test_many_shapes_make_a_grid_and_no_strip(name, texts, tmp_path):
+    rows = [replace(row, input_dim=64 * width) for width in range(1, 9) for row in small_rows()]
+    plots.FIGURES[name]([GPU, *rows], tmp_path / name)
+    width, height = png_size(tmp_path / name)
+    assert 0.5 < width / height < 2
+
+
+def test_single_points_of_a_sweep_over_experts_are_drawn_as_a_line_alone(texts, tmp_path):
+    swept = [
+        replace(row, num_experts=experts, hidden_dim=96, model=f"{experts} experts")
+        for experts in (4, 8, 16)
+        for row in small_rows()[:2]
+    ]
+    plots.draw_scaling([GPU, *small_rows(), *swept], tmp_path / "s.png")
+    assert "16 experts" not in texts.all
+    line = next(axis for axis in texts.panels if axis.get_xlabel() == "experts").lines[0]
+    assert list(line.get_xdata()) == [4, 8, 16]
+    plots.draw_throughput([GPU, *swept], tmp_path / "t.png")
+    assert "see scaling_analysis.png" in texts.all
+
+
+def test_a_reason_that_all_parts_share_is_said_once(texts, tmp_path):
+    parts = part_rows(**{"baseline": 8.0, "+ kernels": None, "+ graphs": None})
+    plots.draw_ablation([CPU, *small_rows(), *parts], tmp_path / "a.png")
+    (said,) = [text.get_text() for text in texts.panels[-2].texts if "no such GPU" in text.get_text()]
+    assert said == "no such GPU"
 
 
 def test_ablation_without_graphs_says_so(texts, tmp_path):

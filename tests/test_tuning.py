@@ -14,7 +14,7 @@ import torch
 
 from moe_gpu import tune
 from moe_gpu.config import PRESETS
-from moe_gpu.explain import Gpu, described_gpu, explain_layer, layer_products
+from moe_gpu.explain import Gpu, described_gpu, explain_layer, layer_products, layer_work
 from moe_gpu.results import Ceiling, Machine
 from moe_gpu.triton_kernels import tile_table
 from moe_gpu.triton_kernels.tile_table import Cell, Entry, Table, choose_tile, rows_bucket
@@ -110,6 +110,16 @@ def test_the_nearest_shape_and_then_the_nearest_budget_serve(cache):
     assert choose(shape=(2880, 2048), sms=66).tile == tiles[2]
 
 
+def test_a_load_aware_tile_is_kept_with_its_classes(cache):
+    aware = GemmConfig(128, 64, 64, 8, 3, 8, 2, smaller_ms=(16, 64))
+    tile_table.write_table(cache, table_of(Entry(CELL, ((aware, 0.25),))))
+    assert choose(hopper=False).tile == aware
+    up = explain_layer(described_gpu(H200), PRESETS["qwen3-30b-a3b"], 4096, torch.bfloat16)[1]
+    assert up.tile["smaller_ms"] == (16, 64)
+    work = layer_work(described_gpu(H200), PRESETS["qwen3-30b-a3b"], 4096, torch.bfloat16).products[0]
+    assert (work.row_tile, work.smaller_tiles) == (128, (16, 64))
+
+
 def test_a_tall_claimed_tile_is_kept_and_gives_way_to_a_bias(cache):
     tall = HopperConfig(3, rows=192, claimed=True)
     tile_table.write_table(cache, table_of(Entry(CELL, ((tall, 0.25),))))
@@ -156,6 +166,16 @@ def test_the_users_table_comes_before_the_shipped_one(cache):
     assert choose(shape=(1536, 128)).tile == PLAIN
 
 
+# Of the rows of smaller tiles beside tiles of 64.
+DAMAGED_CLASSES = {
+    "a class of 24 rows": [24],
+    "a class as large as the tile": [16, 64],
+    "a class twice": [16, 16],
+    "classes in one number": 16,
+    "classes in words": ["few"],
+}
+
+
 def damaged(what: str, whole: dict) -> str:
     entry = whole["entries"][0]
     if what == "cut":
@@ -176,9 +196,12 @@ def damaged(what: str, whole: dict) -> str:
         entry["tiles"][0]["mood"] = 1
     elif what == "unknown path":
         entry["tiles"][0]["path"] = "cuda"
-    elif what == "block of 48":
+    elif what == "block of 48" or what in DAMAGED_CLASSES:
+        smaller = DAMAGED_CLASSES.get(what)
         entry["tiles"][0] = {"path": "triton", "block_m": 48, "block_n": 64, "block_k": 64, "num_warps": 4}
         entry["tiles"][0] |= {"num_stages": 3, "time_ms": 1.0}
+        if smaller is not None:
+            entry["tiles"][0] |= {"block_m": 64, "smaller_ms": smaller}
     elif what == "rows of 160":
         entry["tiles"][0]["rows"] = 160
     elif what == "claimed in words":
@@ -193,6 +216,7 @@ def damaged(what: str, whole: dict) -> str:
 
 
 DAMAGES = (
+    *DAMAGED_CLASSES,
     "cut",
     "a list",
     "newer",
@@ -323,13 +347,18 @@ def test_a_plan_has_a_case_for_every_cell_and_none_twice():
     assert [case.cell.rows_per_expert for case in only] == [8, 16, 32, 64, 128, 256, 512, 1024, 2048]
     with pytest.raises(ValueError, match="--sm-budget 133 exceeds the 132 SMs"):
         tune.plan(GPU, ["qwen3-30b-a3b"], sm_budgets=[133])
+    skewed = tune.plan(GPU, ["qwen3-30b-a3b"], kinds=["up"], tokens=[512], routing="zipf-1.2")
+    assert [str(case) for case in skewed] == ["qwen3-30b-a3b up T=512 zipf-1.2 on 132 SMs"]
+    for routing in ("trace", "steep"):
+        with pytest.raises(ValueError, match=routing):
+            tune.plan(GPU, ["qwen3-30b-a3b"], routing=routing)
 
 
 @pytest.mark.parametrize("rows", [4, 32, 64, 256, 2048])
 @pytest.mark.parametrize("kind", KINDS)
 def test_candidates_fit_the_gpu_and_hold_what_the_rules_choose(kind, rows):
     tiles = tune.candidates(kind, rows, HOPPER_SHARED_BYTES, gated=True, hopper=True)
-    assert len(tiles) == len(set(tiles)) <= 40
+    assert len(tiles) == len(set(tiles)) <= 44
     assert all(operand_bytes(kind, tile) < HOPPER_SHARED_BYTES for tile in tiles)
     assert gemm_config(kind, torch.bfloat16, rows, 1, hopper=rows >= HOPPER_MIN_ROWS_PER_EXPERT) in tiles
     hopper = [tile for tile in tiles if isinstance(tile, HopperConfig)]

@@ -14,7 +14,7 @@ from moe_gpu import nvml
 from moe_gpu.benchmark import timing
 from moe_gpu.benchmark.check import Checker, Comparison, WrongOutputError
 from moe_gpu.benchmark.problem import Problem
-from moe_gpu.benchmark.providers import PROVIDERS, Built
+from moe_gpu.benchmark.providers import PROVIDERS, Built, Provider
 from moe_gpu.benchmark.timing import Job, Timer, attempt
 from moe_gpu.config import MoEConfig
 from moe_gpu.energy_monitor import EnergyMonitor, EnergyTrials, measure_interleaved
@@ -116,14 +116,19 @@ def measure_pass(
     row_budget_s: float,
     report: Callable[[int, str], None],
     energy: EnergyPlan | None = None,
+    known: Mapping[str, Provider] | None = None,
 ) -> list[BenchmarkRow]:
-    """A row for each provider; `report(index, name)` is told which one is being prepared."""
+    """A row for each provider by its name in `known` (PROVIDERS without it).
+
+    `report(index, name)` is told which one is being prepared.
+    """
+    known = PROVIDERS if known is None else known
     device = one_pass.problem.device
     timer = Timer(device)
     entries = [_Entry(name) for name in providers]
     for index, entry in enumerate(entries):
         report(index, entry.name)
-        _prepare(entry, one_pass, timer, row_budget_s)
+        _prepare(entry, known[entry.name], one_pass, timer, row_budget_s)
     ready = {entry.name: entry for entry in entries if entry.job is not None}
     jobs = {name: entry.job for name, entry in ready.items() if entry.job is not None}
     counts = {
@@ -175,9 +180,9 @@ def _call(job: Job) -> None:
     job.run(job.prepare())
 
 
-def _prepare(entry: _Entry, one_pass: Pass, timer: Timer, row_budget_s: float) -> None:
+def _prepare(entry: _Entry, provider: Provider, one_pass: Pass, timer: Timer, row_budget_s: float) -> None:
     """Build, check and warm up one provider; what goes wrong is written into the entry."""
-    provider, problem, device = PROVIDERS[entry.name], one_pass.problem, one_pass.problem.device
+    problem, device = one_pass.problem, one_pass.problem.device
     found = attempt(lambda: provider.unavailable(problem, one_pass.case.mode))
     if found.reason is not None:
         return entry.stop("failed", found.reason)

@@ -72,7 +72,7 @@ def _route(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
     return route_by_torch(problem.logits(), c.top_k, c.router, problem.selection_bias_E)
 
 
-def _use_tensors(layer: nn.Module, problem: Problem) -> None:
+def use_tensors(layer: nn.Module, problem: Problem) -> None:
     """Make the layer, built on no device, compute with the problem's own tensors, without a copy."""
     w = problem.weights
     tensors = {
@@ -93,14 +93,14 @@ def _use_tensors(layer: nn.Module, problem: Problem) -> None:
 def _build_torch_loop(problem: Problem) -> Built:
     with torch.device("meta"):
         layer = MoELayer(problem.config)
-    _use_tensors(layer, problem)
+    use_tensors(layer, problem)
     return Built(lambda: layer(problem.x_TH, problem.logits()), "a loop over experts")
 
 
 def _build_moe_gpu(problem: Problem) -> Built:
     with torch.device("meta"):
         layer = AdvancedMoELayer.from_config(problem.config)
-    _use_tensors(layer, problem)
+    use_tensors(layer, problem)
     backend = layer.ops.backend_for(problem.dtype)
     return Built(lambda: layer(problem.x_TH, router_logits_TE=problem.logits())[0], f"{backend.name}: {backend.reason}")
 

@@ -6,13 +6,13 @@ import functools
 import gc
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from moe_gpu.cuda_graph_manager.capture import record_graph, waits_refused
 from moe_gpu.results import Ceiling, percentile
 
 MIN_SAMPLES = 5
@@ -175,30 +175,13 @@ def capture(run: Callable[[], torch.Tensor], device: torch.device) -> CapturedCa
     outside = torch.cuda.current_stream(device)
     side = torch.cuda.Stream(device)
     side.wait_stream(outside)
-    try:
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP_CALLS):
-                run()
-            _require_asynchronous(run)
-        torch.cuda.synchronize(device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-            output = run()
-    finally:
-        # torch.cuda.graph leaves its stream current where ending the capture fails.
-        torch.cuda.set_stream(outside)
-    return CapturedCall(graph, output)
-
-
-def _require_asynchronous(run: Callable[[], Any]) -> None:
-    before = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch calls this debug mode a prototype on each use
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UP_CALLS):
             run()
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
+        with waits_refused():
+            run()
+    torch.cuda.synchronize(device)
+    return CapturedCall(*record_graph(run, side))
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> list[Ceiling]:

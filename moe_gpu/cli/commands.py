@@ -124,6 +124,9 @@ def bench(
     energy: Annotated[
         bool, typer.Option("--energy", help="Also measure joules per token, 20 s for each row (needs an NVIDIA GPU).")
     ] = False,
+    ablation: Annotated[
+        bool, typer.Option("--ablation", help="Instead, what each part of the layer brings, and 4 to 256 experts.")
+    ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="The small preset, few sizes.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Every preset that fits this device. Takes long.")] = False,
     output_dir: OutputDir = Path("moe-gpu-output"),
@@ -172,6 +175,7 @@ def bench(
             seed=seed,
             device=device,
             energy=energy,
+            ablation=ablation,
         )
     if as_json:
         print_rows(rows)
@@ -319,6 +323,9 @@ def tune(
     sm_budgets: Annotated[
         list[str] | None, many("--sm-budget", whole_number(1), "N,...", "SMs to use; all by default")
     ] = None,
+    routing: Annotated[
+        str, typer.Option("--routing", metavar="NAME", help="The load to tune for: uniform or zipf-S.")
+    ] = "uniform",
     seconds: Annotated[int, count("--seconds", "When to stop, about.")] = 600,
     output: Annotated[
         Path | None,
@@ -339,6 +346,7 @@ def tune(
             tokens=whole(tokens),
             kinds=kinds or None,
             sm_budgets=whole(sm_budgets),
+            routing=routing,
             seconds=seconds,
             output=output,
             dry_run=dry_run,

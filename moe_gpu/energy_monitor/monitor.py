@@ -168,6 +168,7 @@ class EnergyMonitor:
         self.uuid: str | None = None
         self.scope: str | None = None
         self.driver: str | None = None
+        self.power_limit_w: float | None = None
         self.measurements: deque[EnergyMeasurement] = deque(maxlen=KEPT_WINDOWS)
         self._totals = _Totals()
         self._synchronise = synchronise
@@ -187,6 +188,7 @@ class EnergyMonitor:
     def _open(self) -> None:
         meter = self._device if hasattr(self._device, "energy_mj") else open_meter(self._device)
         self.uuid, self.scope, self.driver = meter.uuid, meter.scope, meter.driver_version()
+        self.power_limit_w = meter.power_limit_w()
         self._meter = meter
         self._reader = TickReader(meter, self._poll_s, self.clock, self._background)
         self._end = weakref.finalize(self, _close, self._reader, meter)

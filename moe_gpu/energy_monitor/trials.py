@@ -294,7 +294,7 @@ class PerformanceComparison:
     def findings(self) -> list[Finding]:
         """A row for each ratio."""
         names = f"{self.optimised.name} over {self.baseline.name}"
-        rounds = len(self.baseline.windows) // 2
+        turns = len(self.baseline.windows)
         return [
             Finding(
                 f"{what}, {names}",
@@ -302,9 +302,9 @@ class PerformanceComparison:
                 "ratio",
                 ratio.low,
                 ratio.high,
-                rounds,
+                turns,
                 ratio.verdict,
-                "interleaved ABBA rounds, 95 % interval over rounds",
+                "interleaved ABBA, 95 % interval over turns",
                 None if ratio.value is not None else self.reason or "the driver does not say",
             )
             for what, ratio in (
@@ -318,7 +318,7 @@ class PerformanceComparison:
 class PerformanceComparator:
     """Compares two ways to do the same: throughput, energy and utilisation, in rounds of A B B A.
 
-    rounds: each gives one ratio, so at least 3 for an interval worth the name. block_s: how long each block runs.
+    rounds: of two turns, each of which gives one ratio. block_s: how long each block runs.
     """
 
     def __init__(
@@ -346,17 +346,14 @@ class PerformanceComparator:
 
 
 def compare_trials(baseline: EnergyTrials, optimised: EnergyTrials) -> PerformanceComparison:
-    """The comparison of two loops that were measured in turn; two windows of each, one round, give one ratio."""
+    """The comparison of two loops that were measured in turn; a window of each, side by side, gives one ratio."""
 
     def ratios(value: Callable[[EnergyMeasurement], float | None]) -> list[float]:
         found = []
-        for index in range(0, min(len(baseline.windows), len(optimised.windows)) - 1, 2):
-            pairs = [
-                [value(window) for window in trials.windows[index : index + 2]] for trials in (baseline, optimised)
-            ]
-            known = [[v for v in pair if v is not None] for pair in pairs]
-            if all(len(pair) == 2 and min(pair) > 0 for pair in known):
-                found.append(sum(known[1]) / sum(known[0]))
+        for first, second in zip(baseline.windows, optimised.windows, strict=False):
+            theirs, ours = value(first), value(second)
+            if theirs is not None and ours is not None and theirs > 0 and ours > 0:
+                found.append(ours / theirs)
         return found
 
     return PerformanceComparison(

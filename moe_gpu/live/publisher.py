@@ -1,6 +1,6 @@
 """publish: a running job's figures in a file once a second, from a daemon thread that asks nothing of the device.
 
-Counts are the profiler's host copies, which the job's own calls bring in: a job that only replays CUDA graphs calls
+Counts are the profiler's host copies, which the job's own calls bring in: a job that only replays CUDA graphs of its own calls
 `profiler.poll()` between replays, or its counts grow old, and say so.
 """
 
@@ -238,8 +238,14 @@ class Publisher:
         return JobMemory(torch.cuda.memory_allocated(self._device), torch.cuda.max_memory_allocated(self._device))
 
     def _graph_counts(self) -> GraphStatus | None:
-        counts = self._ask(self._graphs, "graphs")
-        return None if counts is None else GraphStatus(int(counts[0]), int(counts[1]))
+        """What the job says itself, else what the layers' graph managers have counted."""
+        if self._graphs is not None:
+            counts = self._ask(self._graphs, "graphs")
+            return None if counts is None else GraphStatus(int(counts[0]), int(counts[1]))
+        managers = {id(module.graphs): module.graphs for module in self._modules() if module.graphs is not None}
+        stats = [manager.get_stats() for manager in managers.values()]
+        eager = sum(sum(each["eager_calls"].values()) for each in stats)
+        return GraphStatus(sum(each["hits"] for each in stats), eager) if stats else None
 
     def _modules(self) -> list[AdvancedMoELayer]:
         found = [None if layer.module is None else layer.module() for layer in self._layers]
@@ -313,9 +319,9 @@ def publish(
 
     source: an AdvancedMoELayer, a model that holds some, a transformers model after `moe_gpu.enable`, or an
     ExpertProfiler. path: a JSON file, replaced whole every `interval_s` seconds; by default where `moe-gpu top` looks.
-    Loads need the layers' profiler. progress, graphs: functions that say how far the job is, and how many calls graph
-    replays and eager code served; they are called from a thread and must not touch the device. Nothing here waits for
-    the device. It goes on until `close`, the end of the program or of `source`; a second one of a path ends the first.
+    Loads need the layers' profiler. progress, graphs: functions that say how far the job is, and how many calls graphs
+    of its own and eager code served; a thread calls them, and they must not touch the device. Nothing here waits for it.
+    It goes on until `close`, the end of the program or of `source`; a second one of a path ends the first.
     Raises ValueError for a source without MoE layers, a wrong interval, or a path that cannot be written.
     """
     if not 0.05 <= interval_s <= 3600:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from moe_gpu.config import COLD, HOT
-from moe_gpu.results import BenchmarkRow, ExpertLoadRow, Machine, Row, TrainingRow, select
+from moe_gpu.results import ABLATION, BenchmarkRow, ExpertLoadRow, Machine, Row, TrainingRow, select
 
 OURS, BASELINE = "moe_gpu", "torch_loop"
 
@@ -190,10 +190,19 @@ def speed_ratio(row: BenchmarkRow, other: BenchmarkRow) -> float:
 
 
 def tabulate(rows: Iterable[Row]) -> Table:
-    """Benchmark rows by facet, series and number of tokens."""
+    """Benchmark rows by facet, series and number of tokens; those of an ablation are another table's."""
+    return _tabulate(rows, lambda row: row.scope != ABLATION)
+
+
+def tabulate_ablation(rows: Iterable[Row]) -> Table:
+    """As `tabulate`, of the rows that compare one layer with more or fewer of its parts."""
+    return _tabulate(rows, lambda row: row.scope == ABLATION)
+
+
+def _tabulate(rows: Iterable[Row], wanted: Callable[[BenchmarkRow], bool]) -> Table:
     table: Table = {}
     for run in split_runs(rows):
-        for row in select(run.rows, BenchmarkRow):
+        for row in filter(wanted, select(run.rows, BenchmarkRow)):
             sizes = (row.model, row.input_dim, row.hidden_dim, row.expert_dim, row.num_experts, row.top_k)
             facet = Facet(run.device, *sizes, row.dtype, row.scope, row.mode, row.routing)
             table.setdefault(facet, {}).setdefault(Series(row.provider, row.launch), {})[row.num_tokens] = row

@@ -47,6 +47,7 @@ from moe_gpu.plots.data import (
     speed_ratio,
     split_runs,
     tabulate,
+    tabulate_ablation,
     times,
     values,
     with_unit,
@@ -58,6 +59,10 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 24
 _GRAPH_NOTE = "Dashed lines with open markers: replayed as a CUDA graph."
+_PARTS_NOTE = "Parts: one layer with a shared expert; of slices and streams the fastest way that there is serves."
+# How the variants of an ablation are called: with a part added to those before it, and with all parts but one.
+ADDED, LEFT_OUT = "+ ", "all but "
+_ONLY_SWEPT = "Every shape is one point of a row of layers that differ in experts alone: see scaling_analysis.png."
 _NO_BENCHMARK = "These results hold no benchmark rows."
 Lines = dict[Series, dict[int, BenchmarkRow]]
 
@@ -122,9 +127,9 @@ def draw_utilization(rows: Sequence[Row], path: str | Path) -> Path:
     busy = any(row.gpu_util_pct is not None for row in select(rows, BenchmarkRow))
     if not busy:
         notes = [f"Share of the time in which a kernel ran: {NOT_MEASURED} (`moe-gpu bench --energy` does).", *notes]
-    sheet = _sheet(facets, table, 3 if busy else 2, title, runs, remark, notes)
+    sheet = _sheet(facets, table, 3 if busy else 2, title, runs, remark, notes, grid=True)
     ceilings = {(run.device, row.name, row.dtype): row for run in runs for row in select(run.rows, Ceiling)}
-    for axes, facet in zip(sheet.axes, facets, strict=False):
+    for axes, facet in zip(_in_groups(sheet, 3 if busy else 2, len(facets)), facets, strict=False):
         if busy:
             _panel(axes[2], table[facet], "gpu_util_pct", "time with a kernel, %", ceiling=100.0)
             name_panel(axes[2], f"{facet.name} · {facet.routing}", "as the driver counts it, calls back to back")
@@ -143,17 +148,19 @@ def draw_utilization(rows: Sequence[Row], path: str | Path) -> Path:
 def draw_scaling(rows: Sequence[Row], path: str | Path) -> Path:
     """Time and tokens a second against tokens, and against experts where rows differ in their number alone."""
     table, runs = tabulate(rows), split_runs(rows)
-    facets, notes = _shown(table)
     sweeps = _expert_sweeps(table)
+    facets, notes = _shown(table)
     if not sweeps:
         notes = [*notes, f"Against the number of experts: {NOT_MEASURED} (no two measurements differ in it alone)."]
     remark = "Median time of a call, and tokens a second, of one layer; log axes."
-    sheet = _sheet(facets, table, 2, "Scaling with tokens and experts", runs, remark, notes, extra=len(sweeps))
-    for axes, facet in zip(sheet.axes, facets, strict=False):
+    groups = len(facets) + len(sweeps)
+    sheet = _sheet(facets, table, 2, "Scaling with tokens and experts", runs, remark, notes, len(sweeps), grid=True)
+    cells = _in_groups(sheet, 2, groups)
+    for axes, facet in zip(cells, facets, strict=False):
         for axis, (field, label) in zip(axes, (("p50_ms", "ms a call"), ("tokens_per_s", "tokens/s")), strict=True):
             _panel(axis, table[facet], field, label)
             name_panel(axis, facet.name, _detail(facet, table))
-    for axes, (facet, num_tokens, by_experts) in zip(sheet.axes[len(facets) :], sweeps, strict=False):
+    for axes, (facet, num_tokens, by_experts) in zip(cells[len(facets) :], sweeps, strict=False):
         for axis, (field, label) in zip(axes, (("p50_ms", "ms a call"), ("tokens_per_s", "tokens/s")), strict=True):
             _panel(axis, by_experts, field, label, x_label="experts")
             detail = f"T={num_tokens} K={facet.top_k} H={facet.input_dim} I={facet.hidden_dim} {facet.dtype}"
@@ -165,7 +172,8 @@ def draw_scaling(rows: Sequence[Row], path: str | Path) -> Path:
 def draw_ablation(rows: Sequence[Row], path: str | Path) -> Path:
     """Speed over torch_loop of every provider and launch, and moe_gpu replayed as a graph over moe_gpu eager.
 
-    Parts of moe_gpu that were not switched off one by one are said to be not measured.
+    Beside them moe_gpu's parts, added one by one and left out one by one (`moe-gpu bench --ablation`); where no row
+    records that, it is said to be not measured.
     """
     table, runs = tabulate(rows), split_runs(rows)
     groups = list(dict.fromkeys((facet.device, facet.mode) for facet in table))
@@ -176,15 +184,26 @@ def draw_ablation(rows: Sequence[Row], path: str | Path) -> Path:
         name = f"{mode} · {device}" if several else mode
         strips.append((f"Speed over {BASELINE}: {name}", _over_baseline(part)))
     strips.append((f"{OURS}: CUDA graph over eager", _graph_over_eager(table)))
+    parts = tabulate_ablation(rows)
+    if parts:
+        strips.append(("Parts added one by one: speed over the baseline", _parts_strip(parts, ADDED, "baseline")))
+        strips.append(("All parts but one: speed over all of them", _parts_strip(parts, LEFT_OUT, None)))
     tallest = max((len(strip) for _, strip in strips), default=1)
-    parts, why = f"{OURS} without one of its parts", "No row records a kernel or a fusion switched off."
-    room = len(strips) % 2 == 1
+    title, why = (
+        f"{OURS} without one of its parts",
+        "No row records a part switched off: `moe-gpu bench --ablation` does.",
+    )
+    room = len(strips) % 2 == 1 and not parts
     sheet = page(
         (-(-len(strips) // 2), 2),
         finding(compare(table)) or "What each choice brings",
         runs,
         remark="Small dots: single points (model, routing, tokens); large: their geometric mean; n: how many points.",
-        notes=[*([] if room else [f"{parts}: {NOT_MEASURED}. {why}"]), *gap_notes(gaps(table))],
+        notes=[
+            *([] if room or parts else [f"{title}: {NOT_MEASURED}. {why}"]),
+            *([_PARTS_NOTE] if parts else []),
+            *gap_notes([*gaps(table), *gaps(parts)]),
+        ],
         panel=(3.6, max(1.3, 0.3 * tallest + 0.3)),
         margins=(2.05, 1.0),
     )
@@ -193,9 +212,30 @@ def draw_ablation(rows: Sequence[Row], path: str | Path) -> Path:
         name_panel(axis, name)
         _strip(axis, strip)
     if room:
-        name_panel(flat[-1], parts)
+        name_panel(flat[-1], title)
         say_nothing(flat[-1], why)
+    for axis in flat[len(strips) + room :]:
+        axis.set_axis_off()
     return sheet.save(path)
+
+
+def _parts_strip(table: Table, prefix: str, over: str | None) -> list[tuple[str, str, list[float], str]]:
+    """(variant, provider, ratios, why empty) of the variants that begin with a prefix, in the order recorded.
+
+    over: the variant that they are compared with; None: the one with all parts, which is the last that was added.
+    """
+    names = list(dict.fromkeys(series.provider for lines in table.values() for series in lines))
+    added = [name for name in names if name.startswith(ADDED)]
+    base = over or (added[-1] if added else "")
+    ratios: dict[str, list[float]] = {name: [] for name in names if name.startswith(prefix)}
+    for _, _, at in points(table):
+        by_name = {series.provider: row for series, row in at.items()}
+        for name in ratios:
+            if name in by_name and base in by_name:
+                ratios[name].append(speed_ratio(by_name[name], by_name[base]))
+    reasons = {gap.provider: gap.why for gap in gaps(table)}
+    without = reasons.get(base, f"{base} was not measured at the same points")
+    return [(name, OURS, found, reasons.get(name, without)) for name, found in ratios.items()]
 
 
 def _over_baseline(table: Table) -> list[tuple[str, str, list[float], str]]:
@@ -230,7 +270,11 @@ def _strip(axis: Axes, strip: Sequence[tuple[str, str, list[float], str]]) -> No
     """One line for each entry: its ratios as dots on a log axis around 1, their geometric mean and count as text."""
     found = [ratio for _, _, ratios, _ in strip for ratio in ratios]
     if not found:
-        reasons = dict.fromkeys(f"{label}: {why}" for label, _, _, why in strip if why)
+        labels: dict[str, list[str]] = {}
+        for label, _, _, why in strip:
+            if why:
+                labels.setdefault(why, []).append(label)
+        reasons = [f"{named[0]}: {why}" if len(named) == 1 else why for why, named in labels.items()]
         say_nothing(axis, "; ".join(reasons) or "No row was launched both eagerly and as a CUDA graph.")
         return
     low, high = min([*found, 1.0]) / 1.15, max([*found, 1.0]) * 1.15
@@ -314,8 +358,13 @@ def _detail(facet: Facet, table: Table) -> str:
 
 
 def _shown(table: Table, *, join_routings: bool = False) -> tuple[list[Facet], list[str]]:
-    """The facets that get a row of panels (one for all routings, if joined), and the footnotes."""
-    facets = list(dict.fromkeys(facet._replace(routing="") if join_routings else facet for facet in table))
+    """The facets that get panels (one for all routings, if joined) and the footnotes.
+
+    Single points of a sweep over experts get none: `draw_scaling` joins them.
+    """
+    swept = _swept(table)
+    kept = [facet for facet in table if facet not in swept]
+    facets = list(dict.fromkeys(facet._replace(routing="") if join_routings else facet for facet in kept))
     if any(series.launch == "graph" for lines in table.values() for series in lines):
         notes = [_GRAPH_NOTE]
     else:
@@ -337,15 +386,41 @@ def _sheet(
     remark: str,
     notes: Iterable[str],
     extra: int = 0,
+    grid: bool = False,
 ) -> Page:
-    """A page of line panels; without any benchmark row, one panel that says so."""
-    if not facets:
+    """A page of line panels, `columns` for each facet and `extra`; without any benchmark row, one that says so.
+
+    grid: facets stand side by side as well as under each other, so that many of them are no strip.
+    """
+    if not facets and not extra:
         blank = page((1, 1), title, runs, notes=notes)
-        say_nothing(blank.axes[0][0], _NO_BENCHMARK)
+        say_nothing(blank.axes[0][0], _ONLY_SWEPT if table else _NO_BENCHMARK)
         return blank
     labels = {series.label for lines in table.values() for series in lines}
     margins = (0.75, label_margin(labels))
-    return page((len(facets) + extra, columns), title, runs, remark=remark, notes=notes, margins=margins)
+    groups = len(facets) + extra
+    abreast = 2 if grid and groups > 2 else 1
+    shape = (-(-groups // abreast), abreast * columns)
+    return page(shape, title, runs, remark=remark, notes=notes, margins=margins)
+
+
+def _in_groups(sheet: Page, size: int, count: int) -> list[list[Axes]]:
+    """The panels of a page by facet, `size` each; those that are left over are blanked."""
+    groups = [line[at : at + size] for line in sheet.axes for at in range(0, len(line), size)]
+    for axis in (axis for group in groups[count:] for axis in group if count):
+        axis.set_axis_off()
+    return groups
+
+
+def _swept(table: Table) -> set[Facet]:
+    """Facets that are single points of a sweep over experts, which the scaling figure draws as a line."""
+    swept = {facet for facet, _, _ in _expert_sweeps(table)}
+    return {
+        facet
+        for facet, lines in table.items()
+        if facet._replace(model="", num_experts=0) in swept
+        and len({tokens for line in lines.values() for tokens in line}) == 1
+    }
 
 
 def _panel(

@@ -18,7 +18,7 @@ from moe_gpu.config import PRESETS, MoEConfig
 from moe_gpu.reference import ExpertWeights
 from moe_gpu.results import Row, SliceRow, describe_machine, percentile, write_rows
 from moe_gpu.slices.costs import CostTable
-from moe_gpu.slices.green import GreenPartitions
+from moe_gpu.slices.green import keep_partitions, take_partitions
 from moe_gpu.slices.plan import BackendUnavailableError
 from moe_gpu.triton_kernels.ops import TritonExpertOps
 
@@ -115,17 +115,17 @@ class SliceBench:
             yield [Part(size, None) for size in sizes]
             return
         torch.zeros(1, device=self.device)
-        made = GreenPartitions(self.device.index or 0, sizes)
+        made = take_partitions(self.device.index or 0, sizes)
+        parts = made.in_order_of(sizes)
         try:
-            streams = [torch.cuda.ExternalStream(handle, device=self.device) for handle in made.streams]
-            yield [Part(sms, stream) for sms, stream in zip(made.sms, streams, strict=True)]
+            yield [Part(sms, torch.cuda.ExternalStream(handle, device=self.device)) for sms, handle in parts]
         finally:
+            keep_partitions(made)
             torch.cuda.synchronize(self.device)
-            for graph in self._graphs:  # before the contexts that they were captured in
+            for graph in self._graphs:
                 graph.reset()
             self._graphs.clear()
             torch.cuda.empty_cache()
-            made.close()
 
     def whole(self, priority: int = 0) -> Part:
         """The whole device, by a stream of its own."""
@@ -176,7 +176,11 @@ class SliceBench:
         with torch.cuda.graph(graph, stream=part.stream):
             call()
         self._graphs.append(graph)
-        return graph.replay
+
+        def replay(read_by_the_graph: object = call) -> None:
+            graph.replay()
+
+        return replay
 
     # Work
 

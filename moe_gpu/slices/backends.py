@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from moe_gpu.slices.device import DeviceDescription
-from moe_gpu.slices.green import GreenPartitions
+from moe_gpu.slices.green import GreenPartitions, keep_partitions, take_partitions
 from moe_gpu.slices.plan import BACKENDS, BackendUnavailableError, GPUSlice, SlicePlan
 
 ENFORCEMENT = {
@@ -83,7 +83,7 @@ class GreenContextBackend:
     """`green_context`: disjoint partitions of the SMs, a stream in each; sizes are read back from the driver.
 
     `torch.cuda.green_contexts` cuts every context from the whole device, so that two of them share SMs; hence the
-    driver's own functions. New partitions are made before old ones are given back; work in the old ones is waited for.
+    driver's own functions. New partitions are taken before old ones are left; work in the old ones is waited for.
     """
 
     name = "green_context"
@@ -98,23 +98,25 @@ class GreenContextBackend:
         index = self._device.index
         assert index is not None
         torch.zeros(1, device=f"cuda:{index}")  # the driver wants the device's context current
-        made = GreenPartitions(index, plan.sms) if plan.sliced else None
+        made = take_partitions(index, plan.sms) if plan.sliced else None
         self.close()
         self._partitions = made
         if made is None:
             self._streams = [torch.cuda.Stream(index)]
             return tuple(replace(item, got_sms=item.asked_sms) for item in plan.slices)
-        self._streams = [torch.cuda.ExternalStream(handle, device=index) for handle in made.streams]
-        return tuple(replace(item, got_sms=sms, enforced=True) for item, sms in zip(plan.slices, made.sms, strict=True))
+        parts = made.in_order_of(plan.sms)
+        self._streams = [torch.cuda.ExternalStream(handle, device=index) for _, handle in parts]
+        return tuple(
+            replace(item, got_sms=sms, enforced=True) for item, (sms, _) in zip(plan.slices, parts, strict=True)
+        )
 
     def stream(self, index: int) -> torch.cuda.Stream | None:
         return self._streams[index]
 
     def close(self) -> None:
+        self._streams.clear()
         if self._partitions is not None:
-            torch.cuda.synchronize(self._device.index)
-            self._streams.clear()
-            self._partitions.close()
+            keep_partitions(self._partitions)
             self._partitions = None
 
 

@@ -20,6 +20,7 @@ _FUNCTIONS = (
     "cuGreenCtxStreamCreate",
     "cuGreenCtxGetDevResource",
     "cuGreenCtxDestroy",
+    "cuStreamSynchronize",
     "cuStreamDestroy_v2",
 )
 _SM = 1  # CU_DEV_RESOURCE_TYPE_SM
@@ -65,6 +66,7 @@ class GreenPartitions:
 
     def __init__(self, index: int, sizes: Sequence[int]) -> None:
         self._cuda = _library()
+        self.index, self.asked = index, tuple(sizes)
         self._contexts: list[ctypes.c_void_p] = []
         self.sms: list[int] = []
         self.streams: list[int] = []
@@ -126,10 +128,40 @@ class GreenPartitions:
                 f"green contexts: {name} failed with CUDA error {status}; use backend='cta' or other sizes"
             )
 
+    def in_order_of(self, sizes: Sequence[int]) -> list[tuple[int, int]]:
+        """SMs and stream of each of these sizes, which are those that were asked for in another order."""
+        parts = list(zip(self.sms, self.streams, strict=True))
+        places = sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True)
+        return [parts[places.index(i)] for i in range(len(sizes))]
+
+    def wait(self, stream: int) -> None:
+        """Wait for the work in one of the streams."""
+        self._call("cuStreamSynchronize", ctypes.c_void_p(stream))
+
     def close(self) -> None:
-        """Give streams and contexts back; the work in them must have ended."""
+        """Destroy streams and contexts; the work in them must have ended. Of memory the driver gives nothing back."""
         for stream in self.streams:
             self._cuda.cuStreamDestroy_v2(ctypes.c_void_p(stream))
         for context in reversed(self._contexts):
             self._cuda.cuGreenCtxDestroy(context)
         self.streams, self._contexts = [], []
+
+
+_idle: dict[tuple[int, tuple[int, ...]], list[GreenPartitions]] = {}
+
+
+def take_partitions(index: int, sizes: Sequence[int]) -> GreenPartitions:
+    """Partitions of these sizes, largest first, that nothing else uses: kept ones of the same split, else new ones.
+
+    Partitions live as long as the process. A driver of series 580 keeps 4 MiB of every green context that it ever
+    made, destroyed or not, so a plan that goes to and fro would take more and more memory.
+    """
+    kept = _idle.get((index, tuple(sorted(sizes, reverse=True))))
+    return kept.pop() if kept else GreenPartitions(index, sorted(sizes, reverse=True))
+
+
+def keep_partitions(partitions: GreenPartitions) -> None:
+    """Hand partitions back for whoever takes this split next. Waits for the work in them."""
+    for stream in partitions.streams:  # a device's synchronize does not wait for graphs replayed in a green context
+        partitions.wait(stream)
+    _idle.setdefault((partitions.index, partitions.asked), []).append(partitions)

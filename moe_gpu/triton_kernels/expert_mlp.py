@@ -52,9 +52,9 @@ def _expert_mlp_kernel(
     BLOCK_O: tl.constexpr,
 ):
     """One program: row tile `program_id(0)` (if there is one), slice `program_id(1)` of the intermediate."""
-    tile_ends = _tile_ends(offsets_ptr, E, BLOCK_M, BLOCK_E)
+    tile_ends = _tile_ends(offsets_ptr, E, BLOCK_M, BLOCK_M, 0, BLOCK_E)
     if tl.program_id(0) < tl.max(tile_ends, 0):
-        expert, row, end = _tile_rows(tl.program_id(0), tile_ends, offsets_ptr, BLOCK_M)
+        expert, row, end = _tile_rows(tl.program_id(0), tile_ends, offsets_ptr, BLOCK_M, BLOCK_M)
         expert = expert.to(tl.int64)
         rows = row + tl.arange(0, BLOCK_M)
         token = tl.load(route_ptr + tl.minimum(rows, end - 1)) // TOP_K

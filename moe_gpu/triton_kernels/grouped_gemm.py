@@ -3,6 +3,12 @@
 Persistent: the grid is the number of programs the device runs at once, and each walks over tiles of (rows, columns).
 Which expert a row tile belongs to is found from the offsets on the device: nothing is read back, no list of tiles
 is built. Rows past an expert's last are clamped on the way in and masked on the way out.
+
+Load-aware tiles: one launch may hold several classes of row tiles, each a product of its own shape. An expert's rows go
+in tiles of the largest class and what is left in one of the smallest class that holds it, so that an expert of many
+rows reads its weights seldom and one of few pads little. All tiles of a class come before those of the next smaller
+one and programs take them in turn, the longest first; the second half of the programs runs its own in the opposite
+order, so that tiles bound by arithmetic and tiles bound by weights run side by side.
 """
 
 from __future__ import annotations
@@ -15,11 +21,14 @@ import triton.language as tl
 
 from moe_gpu.config import ACTIVATIONS
 from moe_gpu.triton_kernels.launch import launch
-from moe_gpu.triton_kernels.tuning import HOPPER_SHARED_BYTES, GemmConfig, cdiv, next_power_of_2
+from moe_gpu.triton_kernels.tuning import HOPPER_SHARED_BYTES, ROW_CLASSES, GemmConfig, cdiv, next_power_of_2
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
 SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
+# The classes of row tiles are powers of two: as many as there are, from the largest down.
+LARGEST_ROW_TILE = tl.constexpr(ROW_CLASSES[-1])
+NUM_ROW_CLASSES = tl.constexpr(len(ROW_CLASSES))
 
 
 @triton.jit
@@ -38,21 +47,59 @@ def apply_function(x, FUNCTION: tl.constexpr):
 
 
 @triton.jit
-def _tile_ends(offsets_ptr, E, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Row tiles of the experts up to and including each, (BLOCK_E,)."""
+def _tile_ends(offsets_ptr, E, SIZE: tl.constexpr, BLOCK_M: tl.constexpr, SMALLER: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Row tiles of class SIZE of the experts up to and including each, (BLOCK_E,).
+
+    The classes are BLOCK_M, the largest, and the powers of two that add up to SMALLER.
+    """
     e = tl.arange(0, BLOCK_E)
     start = tl.load(offsets_ptr + e, mask=e < E, other=0)
     end = tl.load(offsets_ptr + e + 1, mask=e < E, other=0)
-    return tl.cumsum(tl.cdiv(end - start, BLOCK_M), 0)
+    if SMALLER == 0:
+        return tl.cumsum(tl.cdiv(end - start, BLOCK_M), 0)
+    else:
+        rest = (end - start) % BLOCK_M
+        size = tl.full((BLOCK_E,), BLOCK_M, tl.int32)  # of the tile that takes the rest
+        for step in tl.static_range(NUM_ROW_CLASSES):
+            if (LARGEST_ROW_TILE >> step) & SMALLER:
+                size = tl.where(rest <= (LARGEST_ROW_TILE >> step), LARGEST_ROW_TILE >> step, size)
+        tiles = ((rest > 0) & (size == SIZE)).to(tl.int32)
+        if SIZE == BLOCK_M:
+            tiles += (end - start) // BLOCK_M
+        return tl.cumsum(tiles, 0)
 
 
 @triton.jit
-def _tile_rows(tile_m, tile_ends, offsets_ptr, BLOCK_M: tl.constexpr):
-    """Expert, first row and end row of row tile `tile_m`."""
+def _tile_rows(tile_m, tile_ends, offsets_ptr, SIZE: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Expert, first row and end row of row tile `tile_m` of class SIZE."""
     expert = tl.sum((tile_ends <= tile_m).to(tl.int32), 0)
-    before = tl.max(tl.where(tile_ends <= tile_m, tile_ends, 0), 0)
-    row = tl.load(offsets_ptr + expert) + (tile_m - before) * BLOCK_M
-    return expert, row, tl.load(offsets_ptr + expert + 1)
+    first = tl.load(offsets_ptr + expert)
+    end = tl.load(offsets_ptr + expert + 1)
+    if SIZE == BLOCK_M:
+        before = tl.max(tl.where(tile_ends <= tile_m, tile_ends, 0), 0)
+        row = first + (tile_m - before) * BLOCK_M
+    else:
+        row = end - (end - first) % BLOCK_M
+    return expert, row, end
+
+
+@triton.jit
+def _class_in_turn(turn):
+    """Rows of the class that this program takes in its turn: the largest first, or in its second half the smallest."""
+    backwards = 2 * tl.program_id(0) >= tl.num_programs(0)
+    return tl.where(backwards, (LARGEST_ROW_TILE >> (NUM_ROW_CLASSES - 1)) << turn, LARGEST_ROW_TILE >> turn)
+
+
+@triton.jit
+def _first_tile(offsets_ptr, E, size, num_n, BLOCK_M: tl.constexpr, SMALLER: tl.constexpr, BLOCK_E: tl.constexpr):
+    """This program's first tile of the class of `size` rows: it takes every so many-th, counted over all classes."""
+    larger = 0
+    for step in tl.static_range(NUM_ROW_CLASSES):
+        if (LARGEST_ROW_TILE >> step) & (BLOCK_M | SMALLER):
+            ends = _tile_ends(offsets_ptr, E, LARGEST_ROW_TILE >> step, BLOCK_M, SMALLER, BLOCK_E)
+            larger += tl.where(size < (LARGEST_ROW_TILE >> step), tl.max(ends, 0), 0)
+    programs = tl.num_programs(0)
+    return (tl.program_id(0) + programs - larger * num_n % programs) % programs
 
 
 @triton.jit
@@ -177,6 +224,93 @@ def _accumulate(
 
 
 @triton.jit
+def _forward_tiles(
+    a_ptr,
+    route_ptr,
+    w_ptr,
+    bias_ptr,
+    out_ptr,
+    h_ptr,
+    offsets_ptr,
+    first,
+    E,
+    N,
+    K,
+    a_stride,
+    w_stride_e,
+    w_stride_n,
+    w_stride_k,
+    TOP_K: tl.constexpr,
+    GATHER: tl.constexpr,
+    FUNCTION: tl.constexpr,
+    GATED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SAVE_H: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BY_COLUMN: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    SMALLER: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """A program's tiles of class SIZE, from the one numbered `first` on."""
+    tile_ends = _tile_ends(offsets_ptr, E, SIZE, BLOCK_M, SMALLER, BLOCK_E)
+    num_m = tl.max(tile_ends, 0)
+    num_n = tl.cdiv(N, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    for tile in range(first, num_m * num_n, tl.num_programs(0)):
+        tile_m, tile_n = _swizzle(tile, num_m, num_n, GROUP_M)
+        expert, row, end = _tile_rows(tile_m, tile_ends, offsets_ptr, SIZE, BLOCK_M)
+        source = _source_rows(route_ptr, row, end, GATHER, TOP_K, SIZE)
+        n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        n_safe = _weight_columns(n, N, BY_COLUMN)
+        a_ptrs = a_ptr + source[:, None] * a_stride + k[None, :]
+        w_expert = w_ptr + expert.to(tl.int64) * w_stride_e
+        b_ptrs = w_expert + k[:, None] * w_stride_k + n_safe[None, :] * w_stride_n
+        b2_ptrs = b_ptrs
+        if GATED:
+            b2_ptrs = w_expert + k[:, None] * w_stride_k + (n_safe + N)[None, :] * w_stride_n
+        acc, acc2 = _accumulate(
+            a_ptrs,
+            b_ptrs,
+            b2_ptrs,
+            n < N,
+            BLOCK_K * w_stride_k,
+            K,
+            SIZE,
+            BLOCK_N,
+            BLOCK_K,
+            EVEN_K,
+            BY_COLUMN,
+            GATED,
+            PRECISION,
+        )
+        m = tl.arange(0, SIZE)
+        inside = (row + m < end)[:, None] & (n < N)[None, :]
+        halves: tl.constexpr = 2 if GATED else 1
+        if HAS_BIAS:
+            bias_row = bias_ptr + expert.to(tl.int64) * (N * halves) + tl.minimum(n, N - 1)
+            acc += tl.load(bias_row).to(tl.float32)[None, :]
+            if GATED:
+                acc2 += tl.load(bias_row + N).to(tl.float32)[None, :]
+        if SAVE_H:
+            h_tile = h_ptr + row.to(tl.int64) * (N * halves) + (m[:, None] * (N * halves) + n[None, :])
+            tl.store(h_tile, acc.to(h_ptr.dtype.element_ty), mask=inside)
+            if GATED:
+                tl.store(h_tile + N, acc2.to(h_ptr.dtype.element_ty), mask=inside)
+        if FUNCTION != "none":
+            acc = apply_function(acc, FUNCTION)
+        if GATED:
+            acc = acc * acc2
+        out_tile = out_ptr + row.to(tl.int64) * N + (m[:, None] * N + n[None, :])
+        tl.store(out_tile, acc.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _grouped_gemm_fwd_kernel(
     a_ptr,  # (T, K) gathered by route, or (R, K)
     route_ptr,  # (R,) int32; unused unless GATHER
@@ -206,58 +340,29 @@ def _grouped_gemm_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    SMALLER: tl.constexpr,
 ):
     """out = f(A W^T + bias) per expert; gated: f(A Wg^T) * (A Wu^T), the N gate rows of W before the N up rows."""
-    tile_ends = _tile_ends(offsets_ptr, E, BLOCK_M, BLOCK_E)
-    num_m = tl.max(tile_ends, 0)
-    num_n = tl.cdiv(N, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    for tile in range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
-        tile_m, tile_n = _swizzle(tile, num_m, num_n, GROUP_M)
-        expert, row, end = _tile_rows(tile_m, tile_ends, offsets_ptr, BLOCK_M)
-        source = _source_rows(route_ptr, row, end, GATHER, TOP_K, BLOCK_M)
-        n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        n_safe = _weight_columns(n, N, BY_COLUMN)
-        a_ptrs = a_ptr + source[:, None] * a_stride + k[None, :]
-        w_expert = w_ptr + expert.to(tl.int64) * w_stride_e
-        b_ptrs = w_expert + k[:, None] * w_stride_k + n_safe[None, :] * w_stride_n
-        b2_ptrs = b_ptrs
-        if GATED:
-            b2_ptrs = w_expert + k[:, None] * w_stride_k + (n_safe + N)[None, :] * w_stride_n
-        acc, acc2 = _accumulate(
-            a_ptrs,
-            b_ptrs,
-            b2_ptrs,
-            n < N,
-            BLOCK_K * w_stride_k,
-            K,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-            EVEN_K,
-            BY_COLUMN,
-            GATED,
-            PRECISION,
-        )
-        m = tl.arange(0, BLOCK_M)
-        inside = (row + m < end)[:, None] & (n < N)[None, :]
-        halves: tl.constexpr = 2 if GATED else 1
-        if HAS_BIAS:
-            bias_row = bias_ptr + expert.to(tl.int64) * (N * halves) + tl.minimum(n, N - 1)
-            acc += tl.load(bias_row).to(tl.float32)[None, :]
-            if GATED:
-                acc2 += tl.load(bias_row + N).to(tl.float32)[None, :]
-        if SAVE_H:
-            h_tile = h_ptr + row.to(tl.int64) * (N * halves) + (m[:, None] * (N * halves) + n[None, :])
-            tl.store(h_tile, acc.to(h_ptr.dtype.element_ty), mask=inside)
-            if GATED:
-                tl.store(h_tile + N, acc2.to(h_ptr.dtype.element_ty), mask=inside)
-        if FUNCTION != "none":
-            acc = apply_function(acc, FUNCTION)
-        if GATED:
-            acc = acc * acc2
-        out_tile = out_ptr + row.to(tl.int64) * N + (m[:, None] * N + n[None, :])
-        tl.store(out_tile, acc.to(out_ptr.dtype.element_ty), mask=inside)
+    if SMALLER == 0:
+        _forward_tiles(
+            a_ptr, route_ptr, w_ptr, bias_ptr, out_ptr, h_ptr, offsets_ptr, tl.program_id(0), E, N, K,
+            a_stride, w_stride_e, w_stride_n, w_stride_k,
+            TOP_K, GATHER, FUNCTION, GATED, HAS_BIAS, SAVE_H, PRECISION, EVEN_K, BY_COLUMN,
+            BLOCK_E, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SMALLER, BLOCK_M,
+        )  # fmt: skip
+    else:
+        for turn in range(NUM_ROW_CLASSES):
+            size = _class_in_turn(turn)
+            first = _first_tile(offsets_ptr, E, size, tl.cdiv(N, BLOCK_N), BLOCK_M, SMALLER, BLOCK_E)
+            for step in tl.static_range(NUM_ROW_CLASSES):
+                if (LARGEST_ROW_TILE >> step) & (BLOCK_M | SMALLER):
+                    if size == (LARGEST_ROW_TILE >> step):
+                        _forward_tiles(
+                            a_ptr, route_ptr, w_ptr, bias_ptr, out_ptr, h_ptr, offsets_ptr, first, E, N, K,
+                            a_stride, w_stride_e, w_stride_n, w_stride_k,
+                            TOP_K, GATHER, FUNCTION, GATED, HAS_BIAS, SAVE_H, PRECISION, EVEN_K, BY_COLUMN,
+                            BLOCK_E, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SMALLER, LARGEST_ROW_TILE >> step,
+                        )  # fmt: skip
 
 
 @functools.cache
@@ -360,6 +465,7 @@ def grouped_gemm_forward(
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         GROUP_M=config.group_m,
+        SMALLER=sum(config.smaller_ms),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

@@ -130,13 +130,13 @@ def _grouped_gemm_grad_act_kernel(
 
     The activation is computed again from H instead of being kept; SonicMoE (arXiv 2512.14080) arranges the backward so.
     """
-    tile_ends = _tile_ends(offsets_ptr, E, BLOCK_M, BLOCK_E)
+    tile_ends = _tile_ends(offsets_ptr, E, BLOCK_M, BLOCK_M, 0, BLOCK_E)
     num_m = tl.max(tile_ends, 0)
     num_n = tl.cdiv(N, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     for tile in range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
         tile_m, tile_n = _swizzle(tile, num_m, num_n, GROUP_M)
-        expert, row, end = _tile_rows(tile_m, tile_ends, offsets_ptr, BLOCK_M)
+        expert, row, end = _tile_rows(tile_m, tile_ends, offsets_ptr, BLOCK_M, BLOCK_M)
         source = _source_rows(route_ptr, row, end, GATHER, TOP_K, BLOCK_M)
         n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         n_safe = _weight_columns(n, N, BY_COLUMN)

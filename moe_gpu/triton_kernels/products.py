@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,20 @@ if TYPE_CHECKING:
     from moe_gpu.triton_kernels.hopper_common import RowTiles
 
 HOPPER_MULTIPLE = 64
+# Tiles that serve whatever tables and rules say, by kind: see `given_tiles`.
+_GIVEN: dict[str, GemmConfig | HopperConfig] = {}
+
+
+@contextmanager
+def given_tiles(tiles: Mapping[str, GemmConfig | HopperConfig]) -> Iterator[None]:
+    """Within, products of these kinds take these tiles, in every thread: for comparisons of one tile with another."""
+    before = dict(_GIVEN)
+    _GIVEN.update(tiles)
+    try:
+        yield
+    finally:
+        _GIVEN.clear()
+        _GIVEN.update(before)
 
 
 @functools.cache
@@ -97,6 +113,8 @@ class Products:
 
         Without weights the answer is that for a shape that no table has.
         """
+        if kind in _GIVEN:
+            return _GIVEN[kind]
         device = self.device
         return choose_tile(
             kind,

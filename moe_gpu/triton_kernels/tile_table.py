@@ -21,7 +21,15 @@ from typing import Any
 import torch
 
 from moe_gpu.results import Ceiling, Machine, device_cache_path, device_file_name, write_atomically
-from moe_gpu.triton_kernels.tuning import KINDS, GemmConfig, HopperConfig, cdiv, gemm_config, next_power_of_2
+from moe_gpu.triton_kernels.tuning import (
+    KINDS,
+    GemmConfig,
+    HopperConfig,
+    cdiv,
+    gemm_config,
+    next_power_of_2,
+    row_classes_fit,
+)
 
 logger = logging.getLogger("moe_gpu")
 
@@ -224,8 +232,14 @@ def _tile(values: dict[str, Any]) -> tuple[Tile, float]:
     path, time_ms = values.pop("path"), values.pop("time_ms")
     if path not in PATHS or not isinstance(time_ms, (int, float)):
         raise TableError(f"it is damaged (path {path!r}, time {time_ms!r})")
+    if isinstance(values.get("smaller_ms"), list):
+        values["smaller_ms"] = tuple(values["smaller_ms"])
     tile = PATHS[path](**values)
+    if isinstance(tile, GemmConfig) and not row_classes_fit(tile):
+        raise TableError(f"it is damaged (smaller_ms={tile.smaller_ms!r} beside block_m={tile.block_m!r})")
     for field in fields(tile):
+        if field.name == "smaller_ms":
+            continue
         value = getattr(tile, field.name)
         power = field.name.startswith("block") or field.name == "num_warps"
         right = isinstance(value, bool) if field.name == "claimed" else _whole(value) and value >= 0

@@ -21,9 +21,17 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
+# Row tiles that one launch can hold: from the least of the tensor cores' products on.
+ROW_CLASSES = (16, 32, 64, 128)
+
+
 @dataclass(frozen=True)
 class GemmConfig:
-    """Tile of a grouped product: BLOCK_M rows, BLOCK_N columns (of each half when gated), BLOCK_K deep."""
+    """Tile of a grouped product: BLOCK_M rows, BLOCK_N columns (of each half when gated), BLOCK_K deep.
+
+    smaller_ms: rows of the smaller tiles, one of which takes what is left of an expert's rows after tiles of BLOCK_M:
+    some of ROW_CLASSES. Of the products by `grouped_gemm_forward` alone (`up`, `down`, `grad_x`).
+    """
 
     block_m: int
     block_n: int
@@ -32,6 +40,16 @@ class GemmConfig:
     num_stages: int
     group_m: int = 8
     programs_per_sm: int = 1
+    smaller_ms: tuple[int, ...] = ()
+
+
+def row_classes_fit(tile: GemmConfig) -> bool:
+    """Whether the classes of row tiles are what one launch can hold: none, or some of ROW_CLASSES below BLOCK_M."""
+    smaller = tile.smaller_ms
+    if not smaller:
+        return smaller == ()
+    known = isinstance(smaller, tuple) and set(smaller) <= set(ROW_CLASSES) and len(set(smaller)) == len(smaller)
+    return known and tile.block_m in ROW_CLASSES and max(smaller) < tile.block_m
 
 
 @dataclass(frozen=True)
@@ -208,6 +226,16 @@ def gemm_config(
     if hopper and rows_per_expert >= HOPPER_MIN_ROWS_PER_EXPERT:
         return _HOPPER[kind]
     return next(tile for limit, tile in half_tiles(kind, shared_bytes).items() if rows_per_expert <= limit)
+
+
+def load_aware_tiles(kind: str) -> list[GemmConfig]:
+    """Tiles of several classes in one launch: a shape for few rows an expert, and one for many."""
+    few = {"up": GemmConfig(128, 64, 64, 8, 3, 8, 2), "down": GemmConfig(128, 128, 64, 8, 3, 8, 2)}
+    many = {"up": GemmConfig(128, 128, 64, 8, 4, 16), "down": GemmConfig(128, 256, 64, 8, 4, 16)}
+    few["grad_x"], many["grad_x"] = few["down"], many["down"]
+    if kind not in few:
+        return []
+    return [replace(tile, smaller_ms=smaller) for tile in (few[kind], many[kind]) for smaller in ((16, 64), (64,))]
 
 
 def mlp_config(

@@ -79,7 +79,10 @@ def test_a_layer_tells_its_energy_and_by_expert_once_calibrated(monitor, tmp_pat
     assert energy.reason is None
     assert energy.measurement.energy_j > 0
     assert sum(row.dynamic_j for row in energy.experts.experts) > 0
-    assert energy.experts.total.closure < 0.5, "a short calibration; benchmarks/run_energy.py asks for 0.1"
+    total = energy.experts.total
+    assert total.closure is None, "other work may have run in the window too"
+    predicted = total.static_j + total.dynamic_j + total.shared_j
+    assert predicted == pytest.approx(energy.measurement.energy_j, rel=0.5), "a short calibration, and host gaps"
 
 
 def test_zeus_agrees(monitor):

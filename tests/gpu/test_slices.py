@@ -49,7 +49,8 @@ def sms_seen(manager: AdvancedGPUSliceManager, tenant: int, graph: bool) -> set[
         else:
             out.fill_(-1)
             record_sm_ids(out)
-    torch.cuda.synchronize()
+    assert run.stream is not None
+    run.stream.synchronize()  # the device's synchronize does not wait for graphs replayed in a green context
     seen = set(out.tolist())
     assert -1 not in seen
     return seen

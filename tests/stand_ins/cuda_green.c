@@ -8,14 +8,15 @@ typedef struct { int type; unsigned char padding[92]; unsigned sms; unsigned cha
 typedef struct { unsigned sms; int alive; } Context;
 
 static Context contexts[64];
-static int made = 0, streams = 0;
+static int made = 0, streams = 0, waited = 0;
 static unsigned held = 0; /* SMs of the last resource that a context or the device holds: what may be split */
 
 static int fault(const char *name) { const char *f = getenv("FAKE_GREEN"); return f && !strcmp(f, name); }
 
-void fake_reset(void) { memset(contexts, 0, sizeof contexts); made = streams = 0; }
+void fake_reset(void) { memset(contexts, 0, sizeof contexts); made = streams = waited = 0; }
 int fake_contexts(void) { int n = 0; for (int i = 0; i < made; i++) n += contexts[i].alive; return n; }
 int fake_streams(void) { return streams; }
+int fake_waits(void) { return waited; }
 
 R cuDeviceGet(int *device, int ordinal) { *device = ordinal; return 0; }
 R cuDeviceGetDevResource(int device, Resource *r, int type) { r->type = type; r->sms = held = 132; return 0; }
@@ -38,4 +39,5 @@ R cuGreenCtxStreamCreate(void **stream, Context *context, unsigned flags, int pr
 }
 R cuGreenCtxGetDevResource(Context *context, Resource *r, int type) { r->type = type; r->sms = held = context->sms; return 0; }
 R cuGreenCtxDestroy(Context *context) { context->alive = 0; return 0; }
+R cuStreamSynchronize(void *stream) { waited++; return 0; }
 R cuStreamDestroy_v2(void *stream) { streams--; return 0; }

@@ -120,6 +120,7 @@ Return nvmlDeviceGetFieldValues(Handle d, int n, Field *fields) {
 }
 
 Return nvmlDeviceGetPowerUsage(Handle d, unsigned *mw) { (void)d; *mw = (unsigned)values[POWER_MW]; return fault(WHERE_POWER); }
+Return nvmlDeviceGetEnforcedPowerLimit(Handle d, unsigned *mw) { (void)d; *mw = 700000; return fault(WHERE_POWER); }
 Return nvmlDeviceGetTemperature(Handle d, int sensor, unsigned *c) { (void)d, (void)sensor; *c = (unsigned)values[TEMPERATURE]; return fault(WHERE_REST); }
 Return nvmlDeviceGetClockInfo(Handle d, int which, unsigned *mhz) { (void)d; *mhz = which == 2 ? 3201 : 1980; return fault(WHERE_REST); }
 Return nvmlDeviceGetUtilizationRates(Handle d, Rates *r) {
