@@ -11,6 +11,7 @@
 # energy1..4 counter; calibration and attribution; qwen; mixtral
 # models     a transformers model beside grouped_mm and batched_mm
 # cache      the expert cache beside on-demand copies, LRU and resident weights
+# top        what publishing for `moe-gpu top` costs a job
 # rows       load-aware tiles beside every single tile, the Gluon kernels and torch._grouped_mm
 # ablation   what each part of the layer brings, and 4 to 256 experts
 # training   tokens/s, MFU, memory, bitwise resume
@@ -36,6 +37,7 @@ energy4) set -- mixtral ;;&
 energy?) $python benchmarks/run_energy.py "$folder/h200_energy.jsonl" "${@/#/--section=}" ;;
 models) $python benchmarks/run_huggingface.py "$folder/h200_models.jsonl" ;;
 cache) $python benchmarks/run_expert_cache.py "$folder/h200_expert_cache.jsonl" ;;
+top) $python benchmarks/run_top_cost.py "$folder/h200_top_cost.jsonl" ;;
 rows) $python benchmarks/run_tiles.py "$folder/h200_load_aware.jsonl" ;;
 ablation) $python -m moe_gpu bench --ablation --output-dir "$folder/h200_ablation" ;;
 training) $python benchmarks/run_training.py "$folder/h200_training.jsonl" ;;

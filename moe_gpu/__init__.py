@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _HOMES = {
+    "chrome_trace": ("add_expert_counters",),
     "config": ("Activation", "MoEConfig", "PRESETS", "RouterConfig"),
     "cuda_graph_manager": ("BatchScheduler", "CUDAGraphManager", "StreamManager"),
     "energy_model": ("EnergyModel", "EnergyReport"),
@@ -21,6 +22,8 @@ _HOMES = {
     ),
     "expert_cache": ("ExpertCache",),
     "gpu_slice_manager": ("AdvancedGPUSliceManager", "GPUSliceOptimizer"),
+    "live.publisher": ("Publisher", "publish"),
+    "live.status": ("JobStatus", "Progress"),
     "model": ("AdvancedMoELayer", "Expert", "MoELayer", "MoEStats", "set_hbm_budget"),
     "profiler": ("ExpertProfiler", "ExpertSnapshot", "RoutingTrace"),
     "reference": ("ExpertWeights", "Routing"),
@@ -39,6 +42,7 @@ __all__ = sorted(_HOME_OF)
 
 if TYPE_CHECKING:
     from moe_gpu.benchmark import MoEBenchmark, run_full_benchmark, run_quick_benchmark
+    from moe_gpu.chrome_trace import add_expert_counters
     from moe_gpu.config import PRESETS, Activation, MoEConfig, RouterConfig
     from moe_gpu.cuda_graph_manager import BatchScheduler, CUDAGraphManager, StreamManager
     from moe_gpu.energy_model import EnergyModel, EnergyReport
@@ -53,6 +57,8 @@ if TYPE_CHECKING:
     from moe_gpu.expert_cache import ExpertCache
     from moe_gpu.gpu_slice_manager import AdvancedGPUSliceManager, GPUSliceOptimizer
     from moe_gpu.huggingface import CoverageReport, disable, enable
+    from moe_gpu.live.publisher import Publisher, publish
+    from moe_gpu.live.status import JobStatus, Progress
     from moe_gpu.model import AdvancedMoELayer, Expert, MoELayer, MoEStats, set_hbm_budget
     from moe_gpu.profiler import ExpertProfiler, ExpertSnapshot, RoutingTrace
     from moe_gpu.reference import ExpertWeights, Routing

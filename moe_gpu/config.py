@@ -35,6 +35,7 @@ ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
 )
 
 SCORE_FUNCTIONS = ("softmax", "sigmoid")
+HOT, COLD = 2.0, 0.5  # an expert's load over an even share: hot above the one, cold below the other
 
 
 def _require_positive(owner: str, **sizes: int) -> None:

@@ -1,4 +1,4 @@
-"""What a person at a terminal sees: a progress bar on stderr, and folders that are known to be writable before work."""
+"""What a person at a terminal sees: a progress bar on stderr, and a load as a character and a colour."""
 
 from __future__ import annotations
 
@@ -8,6 +8,20 @@ from contextlib import contextmanager
 
 Progress = Callable[[int, int, str], None]
 """`progress(done, total, what)`: how far a piece of work is."""
+
+# Load over an even share, and how it is drawn: the character tells it without colours.
+SHADES = (
+    (0.0, "·", "dim"),
+    (0.5, "░", "#4a7bd0"),
+    (1.0, "▒", "#3fb8c8"),
+    (2.0, "▓", "#e0af3a"),
+    (float("inf"), "█", "#e5534b"),
+)
+
+
+def shade(load: float) -> tuple[str, str]:
+    """The character and the style of a load over an even share."""
+    return next((mark, style) for limit, mark, style in SHADES if load <= limit)
 
 
 @contextmanager

@@ -35,10 +35,12 @@ def run_demo(
     data: Sequence[str | Path] = (),
     seed: int = 0,
     quick: bool = False,
+    publish: bool = False,
 ) -> dict[str, Any]:
     """Train, record, benchmark, draw and report into `output_dir`; returns what was reached and where it lies.
 
     Under three minutes on two CPU cores (small shapes) and on an H200 (real ones); `quick` is a fraction of that.
+    `publish` lets `moe-gpu top` watch the training.
     Raises ValueError for data, a device or a folder that will not do; MissingExtraError without matplotlib.
     """
     require_matplotlib()
@@ -51,7 +53,7 @@ def run_demo(
     print(
         f"1/4 Training a language model: {config.num_layers} layers, {config.num_experts} experts, top {config.top_k}"
     )
-    result = train_with_progress(config, directory / MODEL_FOLDER)
+    result = train_with_progress(config, directory / MODEL_FOLDER, publish=publish)
     print(f"    held-out loss {result.eval_loss:.3f} nats a byte after {config.steps} steps on {result.text.source}")
 
     print("2/4 Recording which experts the held-out text chooses")

@@ -238,6 +238,7 @@ CHECKS: tuple[Callable[[], Check], ...] = (
     lambda: check_package(
         "tensorboard", "tensorboard", "tensorboard", "TensorBoard of a training", "pip install 'moe-gpu[metrics]'"
     ),
+    lambda: check_package("textual", "textual", "textual", "dashboard of moe-gpu top", "pip install 'moe-gpu[live]'"),
     check_transformers,
     lambda: check_package("scattermoe", "scattermoe", "scattermoe", "peer scattermoe", "install from its repository"),
     lambda: check_package(

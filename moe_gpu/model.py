@@ -360,6 +360,11 @@ class AdvancedMoELayer(_MoEBase):
             return
         self._attach(_register(self, hbm_budget if isinstance(hbm_budget, ExpertCache) else ExpertCache(hbm_budget)))
 
+    @property
+    def expert_cache(self) -> ExpertCache | None:
+        """The cache that the experts run from; None without an `hbm_budget`."""
+        return None if self._hbm is None else self._hbm.cache
+
     def _attach(self, hbm: LayerCache) -> None:
         first = self._hbm is None
         self._hbm = hbm

@@ -275,6 +275,11 @@ class Device:
         rates = self._read("utilisation", lambda library, handle: library.nvmlDeviceGetUtilizationRates(handle))
         return rates.gpu, rates.memory
 
+    def memory_bytes(self) -> tuple[int, int]:
+        """Bytes of device memory in use by everybody, and in all."""
+        found = self._read("memory", lambda library, handle: library.nvmlDeviceGetMemoryInfo(handle))
+        return found.used, found.total
+
     def clocks_event_reasons(self) -> int:
         """Bits that say what holds the clocks where they are; `SLOWED` picks the throttling ones."""
         return self._read(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from moe_gpu.benchmark.suite import choose_device
-from moe_gpu.console import progress_bar
+from moe_gpu.console import SHADES, progress_bar, shade
 from moe_gpu.extras import MissingExtraError
 from moe_gpu.plots import FIGURES, require_matplotlib
 from moe_gpu.profiler import ExpertProfiler, ExpertSnapshot, RoutingTrace
@@ -24,8 +24,6 @@ from moe_gpu.training.text import load_text
 LOADS_FILE = "expert_load.jsonl"
 FIGURE = "expert_utilization_heatmap.png"
 _CELLS = 96  # widest heatmap of a terminal
-# Load over an even share, and how it is drawn: the character tells it without colours.
-_SHADES = ((0.0, "·", "dim"), (0.5, "░", "blue"), (1.0, "▒", "cyan"), (2.0, "▓", "yellow"), (float("inf"), "█", "red"))
 
 
 def run_profile(
@@ -154,7 +152,7 @@ def print_profile(
     for expert in range(len(over_time[0][layer]) if over_time else 0):
         columns = [_share(counts_LE[layer], expert) for counts_LE in over_time]
         _print_line(console, f"{expert:>6} ", columns, even=1 / len(over_time[0][layer]))
-    limits = ", ".join(f"{mark} to {limit:g}x" for limit, mark, _ in _SHADES[1:-1])
+    limits = ", ".join(f"{mark} to {limit:g}x" for limit, mark, _ in SHADES[1:-1])
     console.print(f"share over an even one: · none, {limits}, █ above", markup=False)
 
 
@@ -178,8 +176,7 @@ def _print_line(console: Any, head: str, shares: Sequence[float | None] | None, 
             line.append(" ")
             continue
         load = max(known) / even  # a cell of several experts shows the busiest
-        mark, style = next((mark, style) for limit, mark, style in _SHADES if load <= limit)
-        line.append(mark, style=style)
+        line.append(*shade(load))
     console.print(line)
 
 

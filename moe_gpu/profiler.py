@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from moe_gpu.config import COLD, HOT
 from moe_gpu.reference import PADDING_TILES, count_load_reference, load_state_size
 from moe_gpu.results import write_atomically
 from moe_gpu.triton_kernels.ops import TritonExpertOps
@@ -37,9 +38,6 @@ class AsyncCopy:
         if self._event is not None:
             self._event.synchronize()
         return self._host
-
-
-HOT, COLD = 2.0, 0.5  # times an even share: above, below
 
 
 @dataclass(frozen=True)
@@ -77,6 +75,22 @@ class ExpertSnapshot:
         if tile not in PADDING_TILES:
             raise ValueError(f"tile={tile} is not one of {', '.join(map(str, PADDING_TILES))}, the heights counted")
         return None if self.padding is None else self.padding[tile]
+
+
+@dataclass(frozen=True)
+class LoadReading:
+    """Load of every layer as the host knows it; int64 tensors on the host, times in seconds of `time.monotonic`.
+
+    read_at_s: when the newest copy was started. counts_LE, invalid_L: since the beginning. window_LE, calls_L: over
+    the last `window_s` seconds, 0 where there is one reading so far.
+    """
+
+    read_at_s: float
+    window_s: float
+    counts_LE: torch.Tensor
+    invalid_L: torch.Tensor
+    window_LE: torch.Tensor
+    calls_L: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -228,6 +242,22 @@ class ExpertProfiler:
         """The newest windows between readings, oldest first: a heatmap's columns. Never waits."""
         self.poll()
         return list(self._history)
+
+    def latest(self) -> LoadReading | None:
+        """What has arrived by now; None before the first copy. Asks nothing of the device: any thread may call it."""
+        readings = list(self._readings)
+        if not readings:
+            return None
+        (oldest_at, oldest_LS), (newest_at, newest_LS) = readings[0], readings[-1]
+        delta_LS, experts = newest_LS - oldest_LS, slice(self.num_experts)
+        return LoadReading(
+            newest_at,
+            newest_at - oldest_at,
+            newest_LS[:, experts],
+            newest_LS[:, self.num_experts],
+            delta_LS[:, experts],
+            delta_LS[:, -1],
+        )
 
     def snapshot(self, layer: int = 0) -> ExpertSnapshot | None:
         """The rolling window's figures from copies that have arrived; None before the first. Never waits."""

@@ -17,9 +17,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -507,6 +508,8 @@ def _cpu_name() -> str:
 
 def describe_machine(device: torch.device) -> Machine:
     """The machine that `device` belongs to, as it is now; MOE_GPU_COMMIT names the commit outside a checkout."""
+    import torch
+
     commit = os.environ.get("MOE_GPU_COMMIT") or _git("rev-parse", "HEAD")
     status = _git("status", "--porcelain", "--untracked-files=no")
     common: dict[str, Any] = dict(

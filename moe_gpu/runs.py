@@ -202,10 +202,12 @@ def training_config(
     return with_fields(TrainConfig.for_device(choose_device(device)), given)
 
 
-def run_training(output_dir: str | Path, config: TrainConfig, *, resume: bool = False) -> list[Row]:
+def run_training(
+    output_dir: str | Path, config: TrainConfig, *, resume: bool = False, publish: bool = False
+) -> list[Row]:
     """Train; leave what `train` leaves and, where matplotlib is installed, `training_results.png`."""
     directory = writable_directory(output_dir)
-    result = train_with_progress(config, directory, resume=resume)
+    result = train_with_progress(config, directory, resume=resume, publish=publish)
     rows = read_rows(directory / TRAINING_FILE)
     unit = result.text.tokenizer.name
     bits = result.text.bits_per_byte(result.eval_loss)
@@ -243,7 +245,9 @@ def run_generate(
     return {"prompt": prompt, "text": text, "step": checkpoint.step, "seed": seed, "temperature": temperature}
 
 
-def train_with_progress(config: TrainConfig, directory: Path, *, resume: bool = False) -> TrainResult:
+def train_with_progress(
+    config: TrainConfig, directory: Path, *, resume: bool = False, publish: bool = False
+) -> TrainResult:
     """`train` under a progress bar that shows the newest loss and speed."""
     with progress_bar("training") as progress:
 
@@ -251,7 +255,7 @@ def train_with_progress(config: TrainConfig, directory: Path, *, resume: bool = 
             speed = f", {row.tokens_per_s:,.0f} tokens/s" if row and row.tokens_per_s else ""
             progress(step, config.steps, "" if row is None else f"loss {row.loss:.3f}{speed}")
 
-        return train(config, directory, resume=resume, on_step=on_step)
+        return train(config, directory, resume=resume, on_step=on_step, publish=publish)
 
 
 def draw_files(rows: Sequence[Row], directory: Path) -> list[Path]:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import typer.main
 
 from moe_gpu import __version__
 from moe_gpu.cli import app, main, options
+from moe_gpu.cli import commands as commands_module
 from moe_gpu.cli.cache import CACHE_POLICIES
 from moe_gpu.config import PRESETS
 
@@ -25,8 +27,9 @@ DOCUMENTS = [
     "docs/expert_cache.md",
     "docs/graphs.md",
     "docs/slicing.md",
+    "docs/top.md",
 ]
-COMMANDS = ["demo", "bench", "train", "generate", "report", "profile", "tune", "doctor"]
+COMMANDS = ["demo", "bench", "train", "generate", "report", "profile", "tune", "doctor", "top", "completion"]
 GROUPS = {"energy": ["measure", "calibrate", "report", "watch"]}
 KEPT = "an earlier run's file\n"
 
@@ -198,9 +201,9 @@ def test_version_and_help(capsys):
 def test_every_command_has_help_and_json(command, capsys):
     assert main([*command.split(), "--help"]) == 0
     shown = capsys.readouterr().out
-    assert "--json" in shown
-    writes_a_file_or_none = ("tune", "doctor", "generate", "energy calibrate", "energy report", "energy watch")
-    assert ("--output-dir" in shown) == (command not in writes_a_file_or_none)
+    assert ("--json" in shown) == (command != "completion"), "a script is no JSON"
+    alone = ("tune", "doctor", "top", "completion", "generate", "energy calibrate", "energy report", "energy watch")
+    assert ("--output-dir" in shown) == (command not in alone), "these leave one file or none"
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -369,7 +372,7 @@ def shell_lines(document: str) -> list[str]:
     return [line.split("  #")[0].strip() for line in lines if line.strip()]
 
 
-PAGES = [*DOCUMENTS, "CONTRIBUTING.md", "docs/training.md"]
+PAGES = [*DOCUMENTS, "CONTRIBUTING.md", "docs/training.md", "docs/user_guide.md", "docs/troubleshooting.md"]
 EXAMPLES = sorted({(document, line) for document in PAGES for line in shell_lines(document)})
 
 
@@ -404,14 +407,42 @@ def test_there_are_examples_of_every_command():
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_python_examples_in_the_documents_run(document, capsys):
+def test_python_examples_in_the_documents_run(document, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
     assert blocks
     for block in blocks:
         exec(compile(block, document, "exec"), {})
 
 
-@pytest.mark.parametrize("document", [*DOCUMENTS, "CONTRIBUTING.md", "docs/architecture.md", "docs/training.md"])
+# What the guide's examples end with on a machine without a GPU and without a running job; else 0.
+STATUSES = {"tune": 2, "energy": 1, "top": 1}
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="on a GPU tuning takes minutes")
+def test_the_examples_of_the_user_guide_run(here, capsys, monkeypatch):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(here))
+    monkeypatch.setenv("MOE_GPU_CACHE", str(here / "cache"))
+    (here / "notes.txt").write_text("The quick brown fox jumps over the lazy dog. " * 400)
+    table = re.findall(r"^\| `(moe-gpu [^`]*)` \|", (ROOT / "docs/user_guide.md").read_text(), re.MULTILINE)
+    assert len(table) > 10
+    for line in table:
+        words = shlex.split(line.replace("--steps 500", "--steps 2"))[1:]
+        assert main(words) == STATUSES.get(words[0], 0), f"{line}: {capsys.readouterr().err}"
+    left = {path.name for path in here.iterdir()}
+    assert left == {"notes.txt", "demo", "run", "bench"}
+
+
+def test_the_user_guide_has_every_command_and_exit_status():
+    guide = (ROOT / "docs/user_guide.md").read_text()
+    for name in typer.main.get_command(app).commands:
+        assert f"`moe-gpu {name}" in guide
+    said = commands_module.__doc__.split("Exit status: ")[1].split("MOE_GPU")[0]
+    assert re.findall(r"^\| (\d+) \|", guide, re.MULTILINE) == re.findall(r"(?:^|; )(\d+) ", " ".join(said.split()))
+
+
+@pytest.mark.parametrize("document", [*PAGES, "docs/architecture.md"])
 def test_links_and_files_named_in_the_documents_exist(document):
     path = ROOT / document
     text = path.read_text()

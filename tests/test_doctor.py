@@ -1,4 +1,5 @@
 import json
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -79,6 +80,12 @@ def test_a_transformers_without_the_experts_interface_is_told_apart(monkeypatch)
     assert check.detail.startswith("4.57.0 has no experts interface: no moe_gpu.enable(model)")
     monkeypatch.setattr(doctor, "module_found", lambda module: True)
     assert doctor.check_transformers().detail == "4.57.0: moe_gpu.enable(model), peer transformers_grouped_mm"
+
+
+def test_every_finding_has_its_section_in_the_troubleshooting_page():
+    page = (Path(__file__).resolve().parent.parent / "docs" / "troubleshooting.md").read_text()
+    sections = re.findall(r"^## (.*)$", page, re.MULTILINE)
+    assert sections == [check.name for check in doctor.diagnose().checks], "in doctor's order"
 
 
 def test_an_old_gpu_falls_to_the_cpu_limits(hopper, monkeypatch):

@@ -177,3 +177,55 @@ def test_ci_runs_what_the_readme_says():
     commands = [line for line in (ROOT / ".ci" / "run").read_text().splitlines() if not line.startswith("#")]
     assert commands == ["set -euo pipefail", 'cd "$(dirname "${BASH_SOURCE[0]}")/.."', "make test"]
     assert "make test" in (ROOT / "README.md").read_text()
+
+
+# The API reference
+
+
+def undocumented() -> list[str]:
+    """Public names, and their public methods, without a docstring."""
+    import inspect
+
+    import moe_gpu
+
+    found = []
+    for name in moe_gpu.__all__:
+        value = getattr(moe_gpu, name)
+        if not (inspect.isclass(value) or inspect.isfunction(value)):
+            continue
+        if not (value.__doc__ or "").strip() or (value.__doc__ or "").startswith(f"{name}("):  # as dataclass writes it
+            found.append(name)
+    return found
+
+
+def test_every_public_name_has_a_docstring():
+    assert undocumented() == []
+
+
+def test_the_api_reference_builds_without_warnings(tmp_path):
+    pytest.importorskip("pdoc", reason="pdoc is not installed")
+    command = [sys.executable, "scripts/build_api_docs.py", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    import moe_gpu
+
+    page = (tmp_path / "moe_gpu.html").read_text()
+    missing = [name for name in moe_gpu.__all__ if f'id="{name}"' not in page]
+    assert missing == []
+    assert (tmp_path / "moe_gpu" / "training.html").exists()
+
+
+def test_the_api_reference_without_pdoc_says_what_to_install(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "pdoc", None)
+    monkeypatch.setattr(sys, "argv", ["build_api_docs.py", str(tmp_path)])
+    assert load("build_api_docs").main() == 1
+    assert "moe-gpu[dev]" in capsys.readouterr().err
+
+
+def test_a_warning_of_the_api_reference_is_an_error(monkeypatch, capsys, tmp_path):
+    script = load("build_api_docs")
+    monkeypatch.setattr(script, "build", lambda directory: ["no such name"])
+    monkeypatch.setattr(sys, "argv", ["build_api_docs.py", str(tmp_path)])
+    assert script.main() == 1
+    assert "warning: no such name" in capsys.readouterr().err

@@ -16,8 +16,9 @@ from typing import Annotated, Any
 
 import typer
 
-from moe_gpu.cli import cache, slices
+from moe_gpu.cli import cache, completion, slices
 from moe_gpu.cli import energy as energy_commands
+from moe_gpu.cli import top as top_commands
 from moe_gpu.cli.options import (
     DEVICES,
     DTYPES,
@@ -29,6 +30,7 @@ from moe_gpu.cli.options import (
     Experts,
     Json,
     OutputDir,
+    Publish,
     Seed,
     TopK,
     count,
@@ -73,6 +75,7 @@ def demo(
     output_dir: OutputDir = Path("moe-gpu-output"),
     data: Data = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer steps and sizes: under a minute.")] = False,
+    publish: Publish = False,
     seed: Seed = 0,
     device: Device = None,
     as_json: Json = False,
@@ -81,7 +84,7 @@ def demo(
     from moe_gpu.demo import run_demo
 
     with interruptible(f"whole files of this run are in {output_dir}"), stdout_for_json(as_json):
-        summary = run_demo(output_dir, device=device, data=tuple(data or ()), seed=seed, quick=quick)
+        summary = run_demo(output_dir, device=device, data=tuple(data or ()), seed=seed, quick=quick, publish=publish)
     if as_json:
         print(json.dumps(summary))
 
@@ -199,6 +202,7 @@ def train(
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Train nothing: print the whole configuration as JSON.")
     ] = False,
+    publish: Publish = False,
     output_dir: OutputDir = Path("moe-gpu-output"),
     seed: Annotated[int | None, count("--seed", "Seed of weights, data order and samples.", 0)] = None,
     device: Device = None,
@@ -222,7 +226,7 @@ def train(
             top_k=top_k,
             seed=seed,
         )
-        rows = [] if print_config else run_training(output_dir, config, resume=resume)
+        rows = [] if print_config else run_training(output_dir, config, resume=resume, publish=publish)
     if print_config:
         print(json.dumps(config.to_json(), indent=1))
     elif as_json:
@@ -363,6 +367,10 @@ def doctor(as_json: Json = False) -> None:
     print(json.dumps(diagnosis.to_dict()) if as_json else render(diagnosis))
     if not diagnosis.can_run:
         raise typer.Exit(1)
+
+
+app.command()(top_commands.top)
+app.command()(completion.completion)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -15,6 +15,7 @@ from moe_gpu.cli.options import (
     Json,
     OutputDir,
     Seed,
+    above,
     count,
     interruptible,
     many,
@@ -29,25 +30,10 @@ from moe_gpu.config import PRESETS
 _MODES = ("forward", "forward+backward")
 
 
-def _number(minimum: float) -> Any:
-    """A parser of numbers above `minimum`."""
-
-    def parse(value: Any) -> float:
-        try:
-            number = float(value)
-        except ValueError:
-            raise typer.BadParameter(f"{value!r} is not a number; give one above {minimum:g}") from None
-        if not minimum < number < float("inf"):
-            raise typer.BadParameter(f"{value} is not above {minimum:g}; give a number that is")
-        return number
-
-    return parse
-
-
 Dtype = Annotated[
     str | None, typer.Option("--dtype", parser=one_of(*DTYPES), metavar="|".join(DTYPES), help="Data type.")
 ]
-Seconds = Annotated[float, typer.Option("--seconds", parser=_number(0), metavar="S", help="Length of a window.")]
+Seconds = Annotated[float, typer.Option("--seconds", parser=above(0), metavar="S", help="Length of a window.")]
 Trials = Annotated[int, count("--trials", "Windows of each.")]
 
 app = typer.Typer(
@@ -156,9 +142,9 @@ def report(
 
 @app.command()
 def watch(
-    hz: Annotated[float, typer.Option("--hz", parser=_number(0), metavar="HZ", help="Samples a second.")] = 10.0,
+    hz: Annotated[float, typer.Option("--hz", parser=above(0), metavar="HZ", help="Samples a second.")] = 10.0,
     seconds: Annotated[
-        float | None, typer.Option("--seconds", parser=_number(0), metavar="S", help="When to stop; by default Ctrl-C.")
+        float | None, typer.Option("--seconds", parser=above(0), metavar="S", help="When to stop; by default Ctrl-C.")
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", metavar="FILE", help="Write the samples here (.csv, .json, .jsonl).")

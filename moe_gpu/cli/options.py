@@ -29,6 +29,21 @@ def whole_number(minimum: int) -> Callable[[Any], int]:
     return parse
 
 
+def above(minimum: float) -> Callable[[Any], float]:
+    """A parser of numbers above `minimum`."""
+
+    def parse(value: Any) -> float:
+        try:
+            number = float(value)
+        except ValueError:
+            raise typer.BadParameter(f"{value!r} is not a number; give one above {minimum:g}") from None
+        if not minimum < number < float("inf"):
+            raise typer.BadParameter(f"{value} is not above {minimum:g}; give a number that is")
+        return number
+
+    return parse
+
+
 def one_of(*choices: str) -> Callable[[Any], str]:
     """A parser of one word out of `choices`."""
 
@@ -37,6 +52,7 @@ def one_of(*choices: str) -> Callable[[Any], str]:
             raise typer.BadParameter(f"{value!r} is not one of {', '.join(choices)}; give one of these")
         return value
 
+    parse.choices = choices  # type: ignore[attr-defined]  # for shell completion
     return parse
 
 
@@ -46,6 +62,7 @@ def each(parse: Callable[[Any], Any]) -> Callable[[list[str] | None], list[Any]]
     def parse_each(values: list[str] | None) -> list[Any]:
         return [parse(part.strip()) for value in values or [] for part in value.split(",")]
 
+    parse_each.choices = getattr(parse, "choices", ())  # type: ignore[attr-defined]
     return parse_each
 
 
@@ -78,6 +95,7 @@ Data = Annotated[
     list[Path] | None,
     typer.Option("--data", metavar="FILE", help="Text to train on (repeat). Default: prose that ships with Python."),
 ]
+Publish = Annotated[bool, typer.Option("--publish", help="Let `moe-gpu top` watch the training.")]
 Experts = Annotated[int | None, count("--experts", "Experts.")]
 TopK = Annotated[int | None, count("--top-k", "Experts that each token visits.")]
 

@@ -174,6 +174,10 @@ class ExpertCache:
             return "not pinned: no GPU is used"
         return "pinned" if self._pageable is None else f"pageable: {self._pageable}"
 
+    def counts(self) -> Counts:
+        """What the cache has done so far; any thread may ask."""
+        return Counts(**asdict(self._counts))
+
     def stats(self) -> ExpertCacheStats:
         """Figures of now. Raises HbmBudgetError where the layers have grown beyond the budget."""
         book, counts = self.book(), self._counts
@@ -191,7 +195,7 @@ class ExpertCache:
             shadow_hit_rates=book.contest.scores(),
             prefetch=None if book.gate is None else book.gate.on,
             host_memory=self.host_memory,
-            counts=Counts(**asdict(counts)),
+            counts=self.counts(),
         )
 
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from moe_gpu.config import COLD, HOT
 from moe_gpu.results import ABLATION, BenchmarkRow, ExpertLoadRow, Machine, Row, TrainingRow, select
 
 OURS, BASELINE = "moe_gpu", "torch_loop"
-HOT, COLD = 2.0, 0.5  # times an even share, as in ExpertProfiler
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from moe_gpu.live.publisher import Publisher
+from moe_gpu.live.publisher import publish as publish_model
+from moe_gpu.live.status import Progress
 from moe_gpu.reference import update_selection_bias
 from moe_gpu.results import ExpertLoadRow, TrainingRow, writable_directory
 from moe_gpu.training.checkpoint import (
@@ -311,12 +314,18 @@ def deterministic_algorithms(config: TrainConfig) -> Iterator[None]:
 
 
 def train(
-    config: TrainConfig, output_dir: str | Path, *, resume: bool = False, on_step: OnStep | None = None
+    config: TrainConfig,
+    output_dir: str | Path,
+    *,
+    resume: bool = False,
+    on_step: OnStep | None = None,
+    publish: bool = False,
 ) -> TrainResult:
     """Train as `config` says into `output_dir`; `resume` goes on from the newest whole checkpoint that is there.
 
     A resumed run on the CPU ends bitwise equal to an uninterrupted one. Ctrl-C, or KeyboardInterrupt out of `on_step`,
-    writes a checkpoint between two steps and raises KeyboardInterrupt with its step and folder.
+    writes a checkpoint between two steps and raises KeyboardInterrupt with its step and folder. `publish` lets
+    `moe-gpu top` watch it.
     Raises ValueError in one line for data, a device or a checkpoint that will not do, before anything is written.
     """
     directory = Path(output_dir)
@@ -335,7 +344,8 @@ def train(
         torch.cuda.reset_peak_memory_stats(text.train.device)
     writable_directory(directory)  # known before the first step, not at the first checkpoint
     files = RunFiles(directory, config, text.tokenizer, trainer.step + 1)
-    with deferred_interrupt() as pressed, deterministic_algorithms(config), closing(files):
+    watched = publish_trainer(trainer) if publish else nullcontext()
+    with deferred_interrupt() as pressed, deterministic_algorithms(config), closing(files), watched:
         while trainer.step < config.steps:
             trainer.advance()
             _report(trainer, files)
@@ -349,6 +359,17 @@ def train(
     rows, path = trainer.result_rows(), trainer.checkpoint
     files.results(rows, trainer.loads)  # again: a kill may have come between the last checkpoint and its rows
     return TrainResult(config, rows, trainer.model, text, path, eval_loss, trainer.elapsed_s, trainer.samples)
+
+
+def publish_trainer(trainer: Trainer) -> Publisher:
+    """Let `moe-gpu top` watch a training: loads, step, newest logged loss and speed."""
+
+    def progress() -> Progress:
+        row = trainer.row
+        loss, speed = (None, None) if row is None else (row.loss, row.tokens_per_s)
+        return Progress(trainer.step, trainer.config.steps, loss, speed)
+
+    return publish_model(trainer.model, name="moe-gpu train", progress=progress)
 
 
 def _report(trainer: Trainer, files: RunFiles) -> None:

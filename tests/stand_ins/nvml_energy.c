@@ -14,6 +14,7 @@
 typedef int Return;
 typedef void *Handle;
 typedef struct { unsigned gpu, memory; } Rates;
+typedef struct { unsigned long long total, free, used; } Memory;
 typedef struct { unsigned pid; unsigned long long memory; unsigned gpu_instance, compute_instance; } Process;
 typedef struct {
     unsigned field, scope;
@@ -127,6 +128,7 @@ Return nvmlDeviceGetUtilizationRates(Handle d, Rates *r) {
     r->gpu = 97, r->memory = 41;
     return values[MIG] ? NOT_SUPPORTED : fault(WHERE_REST);
 }
+Return nvmlDeviceGetMemoryInfo(Handle d, Memory *m) { (void)d; *m = (Memory){80ULL << 30, 60ULL << 30, 20ULL << 30}; return fault(WHERE_REST); }
 Return nvmlDeviceGetCurrentClocksEventReasons(Handle d, unsigned long long *bits) { (void)d; *bits = (unsigned long long)values[REASONS]; return fault(WHERE_REST); }
 
 Return nvmlDeviceGetComputeRunningProcesses_v3(Handle d, unsigned *n, Process *found) {
