@@ -1,7 +1,7 @@
 """publish: a running job's figures in a file once a second, from a daemon thread that asks nothing of the device.
 
-Counts are the profiler's host copies, which the job's own calls bring in: a job that only replays CUDA graphs of its own calls
-`profiler.poll()` between replays, or its counts grow old, and say so.
+Counts are the profiler's host copies, which the job's own calls bring in: a job that only replays CUDA graphs of its
+own calls `profiler.poll()` between replays, or its counts grow old, and say so.
 """
 
 from __future__ import annotations
@@ -320,7 +320,7 @@ def publish(
     source: an AdvancedMoELayer, a model that holds some, a transformers model after `moe_gpu.enable`, or an
     ExpertProfiler. path: a JSON file, replaced whole every `interval_s` seconds; by default where `moe-gpu top` looks.
     Loads need the layers' profiler. progress, graphs: functions that say how far the job is, and how many calls graphs
-    of its own and eager code served; a thread calls them, and they must not touch the device. Nothing here waits for it.
+    of its own and eager code served; a thread calls them, and they must not touch the device. Nothing waits for it.
     It goes on until `close`, the end of the program or of `source`; a second one of a path ends the first.
     Raises ValueError for a source without MoE layers, a wrong interval, or a path that cannot be written.
     """
