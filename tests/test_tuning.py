@@ -76,6 +76,16 @@ def test_the_entry_of_a_cell_serves_and_the_other_path_where_gluon_cannot(cache)
     assert choose(rows=200 * 128).tile == GLUON, "the bucket of 129 to 256 rows"
 
 
+def test_below_the_hosts_bound_no_table_brings_gluon(cache):
+    at, few = replace(CELL, rows_per_expert=64), 63 * 128
+    tile_table.write_table(cache, table_of(Entry(at, ((GLUON, 0.25), (PLAIN, 0.26)))))
+    assert choose(rows=64 * 128).tile == GLUON
+    assert choose(rows=few).tile == by_rule(few), "the plain tile beside it was measured at 64 rows an expert"
+    tile_table.write_table(cache, table_of(Entry(at, ((PLAIN, 0.25), (GLUON, 0.26)))))
+    tile_table.forget_tables()
+    assert choose(rows=few).tile == PLAIN
+
+
 @pytest.mark.parametrize(
     "changed",
     [

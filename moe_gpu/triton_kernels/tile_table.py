@@ -22,6 +22,7 @@ import torch
 
 from moe_gpu.results import Ceiling, Machine, device_cache_path, device_file_name, write_atomically
 from moe_gpu.triton_kernels.tuning import (
+    HOPPER_MIN_ROWS_PER_EXPERT,
     KINDS,
     GemmConfig,
     HopperConfig,
@@ -137,14 +138,19 @@ def choose_tile(
     """The tile of a product of `kind` over `num_rows` rows of all experts, and why.
 
     shape: (N, K) of one expert's weights as the product takes them; without it, or without a device name, no table is
-    asked. hopper: whether the kernels for Hopper can serve.
+    asked. hopper: whether the kernels for Hopper can serve; below HOPPER_MIN_ROWS_PER_EXPERT they do not, whatever a
+    table says, since it holds the device's times and not the host's.
     """
+    few = hopper and num_rows < HOPPER_MIN_ROWS_PER_EXPERT * num_experts
+    hopper = hopper and not few
     if shape is not None and device_name is not None:
         cell = Cell(kind, dtype.itemsize * 8, rows_bucket(num_rows, num_experts), *shape, sms)
         for path, table in tables(device_name):
             found = table.find(cell, hopper)
             if found:
                 entry, tile, time_ms = found
+                if few and isinstance(entry.tiles[0][0], HopperConfig):
+                    break  # its plain tile was measured for those that Gluon cannot serve: at the end of the bucket
                 have = entry.cell
                 reason = f"{path}: up to {have.rows_per_expert} rows an expert, {have.n} x {have.k}, {have.sms} SMs"
                 return Choice(tile, reason, time_ms)
