@@ -40,7 +40,7 @@ from moe_gpu.benchmark.measure import Case, EnergyPlan
 from moe_gpu.benchmark.problem import make_problem
 from moe_gpu.benchmark.providers import PROVIDERS
 from moe_gpu.benchmark.suite import MoEBenchmark
-from moe_gpu.benchmark.timing import attempt, capture
+from moe_gpu.benchmark.timing import attempt, capture, measure_ceilings
 from moe_gpu.config import PRESETS, MoEConfig
 from moe_gpu.energy import attribute_trials, open_monitor, print_energy, print_model, standard_workloads
 from moe_gpu.energy_model import EnergyModel
@@ -342,13 +342,15 @@ def providers(run: Run, model: str) -> None:
         found[case.num_tokens, case.launch] = dict(trials)
 
     plan = EnergyPlan(run.monitor, run.seconds, run.trials, on_trials=keep)
+    ceilings = measure_ceilings(run.device, run.dtype)
+    run.rows += ceilings
     for num_tokens in run.tokens:
         benchmark = MoEBenchmark(
             config=run.config(model), model=model, batch_sizes=(num_tokens,), dtype=run.dtype, device=run.device,
             providers=(LOOP, GROUPED, OURS), num_iterations=10, row_budget_s=0.3, energy=plan,
             launches=("eager", "graph") if num_tokens <= 64 and run.device.type == "cuda" else ("eager",),
         )  # fmt: skip
-        rows = benchmark.measure()
+        rows = benchmark.measure(ceilings)
         run.rows += rows
         for row in rows:
             show_row(row)

@@ -139,7 +139,8 @@ def draw_utilization(rows: Sequence[Row], path: str | Path) -> Path:
                 full = f"{name} ceiling not recorded"
             else:
                 full = f"100 % = {with_unit(ceiling.value, ceiling.unit)}, {ceiling.how}"
-            _panel(axis, table[facet], field, f"share of {name}", _percent, ceiling=1.0)
+            why = "" if ceiling else f"these results hold no {name} ceiling"
+            _panel(axis, table[facet], field, f"share of {name}", _percent, ceiling=1.0, why=why)
             name_panel(axis, f"{facet.name} · {facet.routing}", full)
     return sheet.save(path)
 
@@ -440,8 +441,10 @@ def _panel(
     drawn = {series: {x: y for x, y in line.items() if y > 0} for series, line in drawn.items()}
     found = [y for line in drawn.values() for y in line.values()]
     if not found:
-        reasons = dict.fromkeys(row.reason for line in lines.values() for row in line.values() if row.reason)
-        say_nothing(axis, "; ".join(reasons) or (f"No row carries {field}." if lines else why))
+        rows = [row for line in lines.values() for row in line.values()]
+        timed = any(row.p50_ms is not None for row in rows)  # then a row that failed does not say why the rest lack it
+        reasons = [] if timed else dict.fromkeys(row.reason for row in rows if row.reason)
+        say_nothing(axis, "; ".join(reasons) or why or f"No row carries {field}.")
         return
     asked = sorted({x for line in lines.values() for x in line})
     bars = {series: whiskers(lines[series]) if whiskers else {} for series in drawn}
