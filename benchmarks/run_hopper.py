@@ -24,6 +24,7 @@ from hopper_peers import PEERS, Peer
 from hopper_problem import Problem, make_weights, run_ours
 
 from moe_gpu import nvml
+from moe_gpu.benchmark.measure import Case
 from moe_gpu.benchmark.timing import (
     Job,
     Timer,
@@ -38,7 +39,7 @@ from moe_gpu.benchmark.timing import (
 )
 from moe_gpu.config import PRESETS, MoEConfig
 from moe_gpu.reference import ExpertWeights
-from moe_gpu.results import BenchmarkRow, Finding, Row, describe_machine, write_rows
+from moe_gpu.results import Finding, Row, describe_machine, write_rows
 from moe_gpu.triton_kernels.ops import TritonExpertOps
 
 TABLES = ("training", "decode", "skew", "budget", "precision")
@@ -147,7 +148,7 @@ class Recorder:
         samples, failures = time_interleaved(jobs, self.timer, counts)
         uuid = f"GPU-{torch.cuda.get_device_properties(self.device).uuid}"
         power, clock = nvml.power_w(uuid), nvml.sm_clock_mhz(uuid)  # of all the jobs just timed in turn
-        c = p.config
+        case = Case(model, p.config, p.num_tokens, torch.bfloat16, p.routing, mode, launch)
         known |= {name: {"status": "unavailable", "reason": reason} for name, reason in absent.items()}
         for name in (*builds, *absent):
             facts = {"status": "ok", **known[name]}
@@ -161,25 +162,10 @@ class Recorder:
                 facts.update(flops=p.flops(mode), tflops=p.flops(mode) / seconds / 1e12)
                 if mode == "forward":
                     facts.update(min_bytes=p.min_bytes(), gbps=p.min_bytes() / seconds / 1e9)
-            row = BenchmarkRow(
-                provider=name,
-                model=model,
-                num_tokens=p.num_tokens,
-                input_dim=c.input_dim,
-                hidden_dim=c.hidden_dim,
-                expert_dim=c.expert_dim,
-                num_experts=c.num_experts,
-                top_k=c.top_k,
-                dtype="bfloat16",
-                routing=p.routing,
-                mode=mode,
-                launch=launch,
-                scope="experts",
-                **facts,
-            )
+            row = case.row(name, scope="experts", **facts)
             self.rows.append(row)
             shown = row.reason if row.p50_ms is None else f"{row.p50_ms:9.4f} ms {row.tflops or 0:6.0f} TFLOP/s"
-            at = f"{time.monotonic() - self.begin:6.1f} s  {model} T={p.num_tokens} {p.routing} {mode} {launch}"
+            at = f"{time.monotonic() - self.begin:6.1f} s  {case}"
             print(f"{at:72} {name:20} {shown}", flush=True)
         write_rows(self.path, self.rows)
 

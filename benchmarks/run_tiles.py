@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from moe_gpu.benchmark.measure import Case as RowCase
 from moe_gpu.benchmark.timing import (
     Job,
     Timer,
@@ -33,7 +34,7 @@ from moe_gpu.benchmark.timing import (
 )
 from moe_gpu.config import PRESETS
 from moe_gpu.explain import Gpu, LayerProduct, hopper_reason, layer_products, present_gpu
-from moe_gpu.results import BenchmarkRow, Row, describe_machine, stamp, write_rows
+from moe_gpu.results import Row, describe_machine, stamp, write_rows
 from moe_gpu.triton_kernels.tile_table import Tile, path_of
 from moe_gpu.triton_kernels.tuning import (
     GemmConfig,
@@ -43,7 +44,8 @@ from moe_gpu.triton_kernels.tuning import (
     load_aware_tiles,
     operand_bytes,
 )
-from moe_gpu.tune import DTYPE, Case, Operands, compare, compile_all
+from moe_gpu.tune import compile_all
+from moe_gpu.tune_problem import DTYPE, Case, Operands, compare
 
 PRESET = "qwen3-30b-a3b"
 TOKENS = (256, 512, 1024, 2048, 4096, 8192)
@@ -138,6 +140,7 @@ class Recorder:
         failures |= failed
         c, routed = operands.config, operands.rows
         flops = 2 * routed * product.n * product.k
+        case = RowCase(PRESET, c, tokens, DTYPE, routing, "forward", "graph")
         for name, (sort, backend, _) in calls.items():
             facts: dict[str, Any] = {"status": "failed", "reason": failures.get(name)}
             if name in samples:
@@ -145,23 +148,7 @@ class Recorder:
                 facts = {"status": "ok", **found, "flops": flops, "tflops": flops / found["p50_ms"] / 1e9}
                 key = tokens, routing, product.kind, sort
                 self.best[key] = min(found["p50_ms"], self.best.get(key, float("inf")))
-            row = BenchmarkRow(
-                provider=name,
-                model=PRESET,
-                num_tokens=tokens,
-                input_dim=c.input_dim,
-                hidden_dim=c.hidden_dim,
-                expert_dim=c.expert_dim,
-                num_experts=c.num_experts,
-                top_k=c.top_k,
-                dtype="bfloat16",
-                routing=routing,
-                mode="forward",
-                launch="graph",
-                scope=f"{product.kind} product",
-                backend=backend,
-                **facts,
-            )
+            row = case.row(name, scope=f"{product.kind} product", backend=backend, **facts)
             self.rows.append(stamp(row, self.machine))
             shown = row.reason if row.p50_ms is None else f"{row.p50_ms * 1e3:8.1f} us"
             print(f"{product.kind:5} T={tokens:<5} {routing:9} {name:45} {shown}", flush=True)

@@ -24,7 +24,8 @@ _HOMES = {
     "gpu_slice_manager": ("AdvancedGPUSliceManager", "GPUSliceOptimizer"),
     "live.publisher": ("Publisher", "publish"),
     "live.status": ("JobStatus", "Progress"),
-    "model": ("AdvancedMoELayer", "Expert", "MoELayer", "MoEStats", "set_hbm_budget"),
+    "model": ("AdvancedMoELayer", "set_hbm_budget"),
+    "moe_layer": ("Expert", "MoELayer", "MoEStats"),
     "profiler": ("ExpertProfiler", "ExpertSnapshot", "RoutingTrace"),
     "reference": ("ExpertWeights", "Routing"),
     "results": ("EnergyMeasurement",),
@@ -59,7 +60,8 @@ if TYPE_CHECKING:
     from moe_gpu.huggingface import CoverageReport, disable, enable
     from moe_gpu.live.publisher import Publisher, publish
     from moe_gpu.live.status import JobStatus, Progress
-    from moe_gpu.model import AdvancedMoELayer, Expert, MoELayer, MoEStats, set_hbm_budget
+    from moe_gpu.model import AdvancedMoELayer, set_hbm_budget
+    from moe_gpu.moe_layer import Expert, MoELayer, MoEStats
     from moe_gpu.profiler import ExpertProfiler, ExpertSnapshot, RoutingTrace
     from moe_gpu.reference import ExpertWeights, Routing
     from moe_gpu.results import EnergyMeasurement

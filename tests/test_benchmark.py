@@ -15,7 +15,7 @@ from moe_gpu.benchmark.problem import MemoryLimitError, estimate_bytes, make_pro
 from moe_gpu.benchmark.providers import PROVIDERS, Built, Provider, route_by_torch
 from moe_gpu.benchmark.table import print_rows, untimed
 from moe_gpu.benchmark.timing import Job, Timer, attempt, describe_samples, sample_count, time_interleaved
-from moe_gpu.model import MoELayer
+from moe_gpu.moe_layer import MoELayer
 from moe_gpu.results import BenchmarkRow, Ceiling, Machine, percentile, read_rows, select
 from tests.benchmark_cases import CPU, PEERS, ROOT, SMALL, trace_of
 

@@ -11,7 +11,7 @@ from moe_gpu.benchmark.check import CHECKED_TOKENS, Checker, WrongOutputError
 from moe_gpu.benchmark.problem import make_problem, sample_choices
 from moe_gpu.benchmark.providers import PROVIDERS
 from moe_gpu.config import MoEConfig
-from moe_gpu.model import MoELayer
+from moe_gpu.moe_layer import MoELayer
 from moe_gpu.reference import topk_reference
 from tests.benchmark_cases import CONFIGS, DTYPES, SMALL, provider_gradients, sets, trace_of
 

@@ -74,7 +74,7 @@ def test_sizes_of_a_plain_three_layer_expert():
 
 
 def test_a_layer_has_as_many_parameters_as_its_configuration_says():
-    from moe_gpu.model import MoELayer
+    from moe_gpu.moe_layer import MoELayer
 
     for changes in (dict(), dict(bias=True), dict(activation="relu", depth=2, bias=True), dict(expert_dim=12)):
         c = config(**changes)

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "moe_gpu"
 
 LEAVES = {"config", "reference", "results", "nvml", "extras"}
 MANAGERS = {"profiler", "gpu_slice_manager", "expert_cache", "cuda_graph_manager", "energy_monitor", "energy_model"}
-LAYERS = LEAVES | MANAGERS | {"energy_work", "slices", "triton_kernels", "expert_parallel", "model"}
+LAYERS = LEAVES | MANAGERS | {"energy_work", "slices", "triton_kernels", "expert_parallel", "moe_layer", "model"}
 TOOLS = {"benchmark", "training", "plots", "report", "console"}
 
 # Room -> the rooms it may import (itself always). A room is a module of moe_gpu, or a folder of modules.
@@ -38,6 +38,7 @@ ALLOWED = {
     "energy_work": set(),
     "energy_model": LEAVES | {"energy_monitor", "energy_work"},  # it calibrates on windows
     "layer_energy": LEAVES | MANAGERS | {"energy_work", "explain", "triton_kernels"},
+    "moe_layer": LEAVES | {"profiler"},
     "model": LAYERS | {"layer_energy"},
     "huggingface": LAYERS,
     "chrome_trace": LEAVES | {"profiler"},
@@ -49,7 +50,8 @@ ALLOWED = {
     "console": set(),
     "doctor": LAYERS | {"benchmark"},
     "explain": LEAVES | {"slices", "triton_kernels", "energy_work"},
-    "tune": LAYERS | {"benchmark", "console", "explain"},
+    "tune_problem": LAYERS | {"benchmark", "explain"},
+    "tune": LAYERS | {"benchmark", "console", "explain", "tune_problem"},
     "metrics": LAYERS | {"live"},
     "top": LEAVES | {"live", "console", "metrics"},
     "energy": LAYERS | {"benchmark", "console", "layer_energy", "metrics"},

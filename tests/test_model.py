@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 from moe_gpu import reference
 from moe_gpu.config import MoEConfig, RouterConfig
-from moe_gpu.model import _ANNOUNCED, AdvancedMoELayer, Expert, MoELayer, SliceAllocationPolicy
+from moe_gpu.model import _ANNOUNCED, AdvancedMoELayer, SliceAllocationPolicy
+from moe_gpu.moe_layer import Expert, MoELayer
 from moe_gpu.profiler import ExpertProfiler
 from moe_gpu.slices.plan import GPUSlice
 from moe_gpu.triton_kernels.ops import TritonExpertOps

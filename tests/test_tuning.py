@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_gpu import tune
+from moe_gpu import tune, tune_problem
 from moe_gpu.config import PRESETS
 from moe_gpu.explain import Gpu, described_gpu, explain_layer, layer_products, layer_work
 from moe_gpu.results import Ceiling, Machine
@@ -337,10 +337,10 @@ def numbers(error: float = 0.0) -> dict[str, torch.Tensor]:
 
 def test_a_wrong_result_is_told_from_a_right_one():
     rounded = {"out": numbers()["out"].bfloat16()}
-    tune.compare(rounded, rounded, numbers())
+    tune_problem.compare(rounded, rounded, numbers())
     for wrong in (numbers(0.05), {"out": torch.zeros(64)}, {"out": torch.full((64,), torch.nan)}):
-        with pytest.raises(tune.WrongTileError, match="out is wrong"):
-            tune.compare(wrong, rounded, numbers())
+        with pytest.raises(tune_problem.WrongTileError, match="out is wrong"):
+            tune_problem.compare(wrong, rounded, numbers())
 
 
 # Plans and candidates

@@ -18,7 +18,8 @@ from torch import nn
 
 from moe_gpu.benchmark.problem import Problem
 from moe_gpu.config import ACTIVATIONS, MoEConfig, RouterConfig
-from moe_gpu.model import AdvancedMoELayer, MoELayer
+from moe_gpu.model import AdvancedMoELayer
+from moe_gpu.moe_layer import MoELayer
 from moe_gpu.reference import activate_reference, apply_function
 
 

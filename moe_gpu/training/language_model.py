@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from moe_gpu.model import AdvancedMoELayer, MoEStats
+from moe_gpu.model import AdvancedMoELayer
+from moe_gpu.moe_layer import MoEStats
 from moe_gpu.profiler import ExpertProfiler, RoutingTrace
 from moe_gpu.training.config import DTYPES, TrainConfig
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from moe_gpu.config import MoEConfig
-from moe_gpu.model import AdvancedMoELayer, MoELayer
+from moe_gpu.model import AdvancedMoELayer
+from moe_gpu.moe_layer import MoELayer
 from moe_gpu.profiler import ExpertProfiler
 from moe_gpu.reference import ExpertWeights
 from moe_gpu.triton_kernels.ops import TritonExpertOps

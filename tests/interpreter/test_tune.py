@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from moe_gpu import tune
+from moe_gpu import tune, tune_problem
 from moe_gpu.benchmark.timing import Timer
 from moe_gpu.config import PRESETS, MoEConfig
 from moe_gpu.explain import layer_products
@@ -20,11 +20,11 @@ TILES = [GemmConfig(16, 32, 32, 4, 2), GemmConfig(32, 32, 32, 4, 2)]
 
 @pytest.mark.parametrize("product", PRODUCTS, ids=lambda product: f"{product.kind} {product.weights}")
 def test_right_tiles_are_timed_and_wrong_ones_never_chosen(product, monkeypatch):
-    monkeypatch.setattr(tune, "PRESETS", {**PRESETS, "tiny": CONFIG})
+    monkeypatch.setattr(tune_problem, "PRESETS", {**PRESETS, "tiny": CONFIG})
     monkeypatch.setattr(tune, "FIRST_SAMPLES", 1)
     monkeypatch.setattr(tune, "LAST_SAMPLES", 1)
-    operands = tune.Operands(CONFIG, 24, torch.device("cpu"))
-    case = tune.Case("tiny", product, 24, 2)
+    operands = tune_problem.Operands(CONFIG, 24, torch.device("cpu"))
+    case = tune_problem.Case("tiny", product, 24, 2)
     timer = Timer(torch.device("cpu"))
     outcome = tune.measure(case, operands, TILES, {"triton": TILES[0]}, TILES[0], timer)
     assert [row.error for row in outcome.rows] == [None, None]
