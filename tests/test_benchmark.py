@@ -47,13 +47,13 @@ def test_a_job_that_fails_midway_is_left_out_and_the_others_go_on():
 
 def test_preparation_is_not_timed_and_its_result_is_handed_over():
     handed = []
-    job = Job(handed.append, prepare=lambda: time.sleep(0.05) or "state")
-    assert Timer(CPU)(job) < 40
-    assert handed == ["state"]
+    job = Job(handed.append, prepare=lambda: time.sleep(0.2) or "state")
+    assert min(Timer(CPU)(job) for _ in range(3)) < 100
+    assert handed == ["state"] * 3
 
 
 def test_a_call_is_timed_in_milliseconds():
-    assert 20 <= Timer(CPU)(Job(lambda _: time.sleep(0.02))) < 200
+    assert 20 <= Timer(CPU)(Job(lambda _: time.sleep(0.02))) < 20_000  # milliseconds, not seconds or microseconds
 
 
 @pytest.mark.parametrize(
@@ -255,13 +255,13 @@ def test_mistakes_name_the_value_and_what_is_allowed(changes, message):
         small_benchmark(**changes)
 
 
-def test_memory_is_estimated_before_anything_is_allocated():
-    begin = time.perf_counter()
+def test_memory_is_estimated_before_anything_is_allocated(monkeypatch):
+    for name in ("empty", "zeros", "randn", "rand"):
+        monkeypatch.setattr(torch, name, lambda *_, **__: pytest.fail("a tensor was made first"))
     with pytest.raises(MemoryLimitError, match=r"num_tokens=10000000 needs about .* GiB.*give at most num_tokens=\d+"):
         MoEBenchmark(batch_sizes=(10_000_000,), device="cpu")
     with pytest.raises(MemoryLimitError, match="choose fewer or smaller experts"):
         MoEBenchmark(8192, 8192, 65536, 4096, 2, batch_sizes=(1,), device="cpu")
-    assert time.perf_counter() - begin < 1
 
 
 def test_the_memory_that_is_advised_is_accepted():

@@ -221,10 +221,18 @@ def drive(act, size=(130, 45), source=None):
     async def run() -> None:
         app = TopApp(source or Source(), 0.05)
         async with app.run_test(size=size) as pilot:
-            await pilot.pause(0.2)
+            await until(pilot, lambda: text_of(app, "head").strip())
             await act(app, pilot)
 
     asyncio.run(run())
+
+
+async def until(pilot, condition) -> None:
+    """Let the dashboard go on until `condition()`, or fail after far longer than it needs."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, "the dashboard does not show what was waited for"
+        await pilot.pause(0.02)
 
 
 def text_of(app, name: str) -> str:
@@ -265,11 +273,9 @@ def test_keys_choose_layers_pause_and_quit(job_file):
         assert "renamed" not in text_of(app, "head")
         assert "paused" in text_of(app, "head")
         await pilot.press("p")
-        await pilot.pause(0.3)
-        assert "renamed" in text_of(app, "head")
+        await until(pilot, lambda: "renamed" in text_of(app, "head"))
         await pilot.press("q")
-        await pilot.pause(0.1)
-        assert not app.is_running
+        await until(pilot, lambda: not app.is_running)
 
     drive(act)
 
@@ -277,8 +283,7 @@ def test_keys_choose_layers_pause_and_quit(job_file):
 def test_ctrl_c_ends_the_dashboard(job_file):
     async def act(app, pilot):
         await pilot.press("ctrl+c")
-        await pilot.pause(0.1)
-        assert not app.is_running
+        await until(pilot, lambda: not app.is_running)
 
     drive(act)
 
@@ -289,11 +294,9 @@ def test_the_dashboard_waits_for_a_job_and_stays_with_it_to_its_end(own_folder):
     async def act(app, pilot):
         assert "no job publishes here" in text_of(app, "head")
         path.write_text(make_job().to_json())
-        await pilot.pause(0.3)
-        assert "running" in text_of(app, "head")
+        await until(pilot, lambda: "running" in text_of(app, "head"))
         path.write_text(make_job(ended=True).to_json())
-        await pilot.pause(0.3)
-        assert "ended" in text_of(app, "head")
+        await until(pilot, lambda: "ended" in text_of(app, "head"))
         path.write_text("{")
         await pilot.pause(0.3)
         assert "a job" in text_of(app, "head")
@@ -308,11 +311,9 @@ def test_another_job_can_be_looked_at(own_folder, job_file):
     async def act(app, pilot):
         assert "a job" in text_of(app, "head")
         await pilot.press("n")
-        await pilot.pause(0.2)
-        assert "other" in text_of(app, "head")
+        await until(pilot, lambda: "other" in text_of(app, "head"))
         await pilot.press("n")
-        await pilot.pause(0.2)
-        assert "a job" in text_of(app, "head")
+        await until(pilot, lambda: "a job" in text_of(app, "head"))
 
     drive(act)
 

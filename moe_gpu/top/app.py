@@ -96,6 +96,8 @@ class TopApp(App[None]):
 
     def draw(self) -> None:
         """Draw the newest figures."""
+        if not self.is_running:  # closing: the widgets go before the timer does
+            return
         job = self._view.job
         if job is not None and self._seen != (job.pid, job.written_at):
             if self._seen is None or self._seen[0] != job.pid:
