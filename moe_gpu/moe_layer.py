@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +72,27 @@ class MoEStats:
     routing: Routing
     router_logits_TE: torch.Tensor
     backend: str
+
+    @classmethod
+    def deferred(cls, make: Callable[[], MoEStats]) -> MoEStats:
+        """What `make()` returns, asked for when the first field is read: a replayed graph's caller may read none."""
+        stats = object.__new__(cls)
+        stats.__dict__["_make"] = make
+        return stats
+
+    def __getattr__(self, name: str) -> Any:
+        """A field of deferred statistics; nothing else is missing from an object."""
+        if "_make" not in self.__dict__ or name not in self.__dataclass_fields__:
+            raise AttributeError(f"MoEStats has no attribute {name!r}")
+        made = self.__dict__["_make"]()
+        value = getattr(made, name)
+        self.__dict__.update(made.__dict__)
+        del self.__dict__["_make"]
+        return value
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields, for copies and pickles."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
     @property
     def counts_E(self) -> torch.Tensor:

@@ -10,7 +10,7 @@ import pickle
 import threading
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -20,6 +20,7 @@ from torch import nn
 from moe_gpu.cuda_graph_manager import CaptureError, CUDAGraphManager
 from moe_gpu.cuda_graph_manager.capture import Captured, first_rows, making_a_graph, map_tensors
 from moe_gpu.cuda_graph_manager.manager import FAILED, TOO_FEW
+from moe_gpu.cuda_graph_manager.packing import LARGEST_BYTES
 from moe_gpu.model import AdvancedMoELayer
 from moe_gpu.profiler import ExpertProfiler
 
@@ -166,6 +167,43 @@ def test_results_are_the_callers_to_keep_and_without_clone_they_are_not(module, 
         kept = served(x)
         served(rows(4))
         assert torch.equal(kept, 2 * x) == clone
+
+
+class Kinds(nn.Module):
+    """Results of every size, dtype and layout that packing tells apart."""
+
+    def forward(self, x: torch.Tensor) -> dict[str, Any]:
+        wide = x.repeat(1, LARGEST_BYTES // 4)
+        return {
+            "odd": x[:, :1].contiguous(),
+            "bytes": (x > 0).contiguous(),
+            "half": [x.half(), x.bfloat16()],
+            "double": (x.double(), x[:, 0].contiguous()),
+            "large": wide,
+            "strided": x.t().contiguous().t(),
+            "complex": torch.complex(x, -x).conj(),
+            "empty": x.new_empty(x.shape[0], 0),
+            "count": 3,
+        }
+
+
+def test_results_of_any_kind_are_kept_and_aligned(stand_in):
+    served = CUDAGraphManager(1, (5,), capturer=stand_in).wrap(Kinds().eval())
+    served(rows(5))
+    given = [rows(5) for _ in range(3)]
+    kept = [served(x) for x in given]
+    for x, results in zip(given, kept, strict=True):
+        expected = Kinds()(x)
+        assert torch.equal(results["large"], expected["large"])
+        tensors: list[torch.Tensor] = []
+        map_tensors(results, lambda tensor: tensors.append(tensor) or tensor)  # noqa: B023
+        wanted: list[torch.Tensor] = []
+        map_tensors(expected, lambda tensor: wanted.append(tensor) or tensor)  # noqa: B023
+        for found, want in zip(tensors, wanted, strict=True):
+            assert (found.dtype, found.stride()) == (want.dtype, want.stride())
+            assert torch.equal(found, want)
+            assert found.data_ptr() % 16 == 0
+        assert results["count"] == 3
 
 
 def test_every_kind_of_input_has_a_graph_of_its_own(module, manager, stand_in):
@@ -472,6 +510,7 @@ def layer_with(stand_in: StandIn, **options: Any) -> tuple[AdvancedMoELayer, Adv
 @pytest.mark.parametrize("count", [4, 8, 1, 3, 5, 7])
 def test_a_replayed_layer_gives_output_and_statistics_of_its_real_tokens(stand_in, count):
     layer, plain = layer_with(stand_in, shared_hidden_dim=6)
+    kept = []
     for _ in range(4):
         x = torch.randn(count, 12, dtype=torch.float64)
         x[0, 3] = float("nan") if count == 7 else 0.0  # a token of the caller's own NaN is counted as invalid
@@ -482,7 +521,29 @@ def test_a_replayed_layer_gives_output_and_statistics_of_its_real_tokens(stand_i
             assert torch.equal(getattr(stats.routing, name), getattr(expected_stats.routing, name)), name
         torch.testing.assert_close(stats.router_logits_TE, expected_stats.router_logits_TE, equal_nan=True)
         assert int(stats.invalid_routes) == (2 if count == 7 else 0)
+        kept.append((stats, expected_stats))
     assert layer.graphs.get_stats()["hits"] == 2
+    for stats, expected_stats in kept:
+        assert torch.equal(stats.counts_E, expected_stats.counts_E), "later replays leave them alone"
+
+
+def test_statistics_of_a_replay_are_put_together_when_they_are_looked_at(stand_in):
+    layer = AdvancedMoELayer(**SIZES, use_cuda_graphs=CUDAGraphManager(1, (4,), capturer=stand_in)).eval()
+    x = rows(3, 12)
+    layer(x)
+    stats = [layer(x)[1] for _ in range(5)]
+    assert all("routing" not in vars(each) for each in stats)
+    layer(rows(4, 12))
+    expected = layer._compute(x, None)[1]
+    assert torch.equal(stats[0].counts_E, expected.counts_E)
+    assert set(vars(stats[0])) == {"routing", "router_logits_TE", "backend"}
+    changed = replace(stats[1], backend="another")
+    assert torch.equal(changed.routing.topk_ids_TK, expected.routing.topk_ids_TK)
+    for other in (copy.copy(stats[2]), copy.deepcopy(stats[3]), pickle.loads(pickle.dumps(stats[4]))):
+        assert torch.equal(other.router_logits_TE, expected.router_logits_TE)
+        assert other.backend == expected.backend
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = stats[0].nothing
 
 
 def test_the_profiler_counts_replays_and_no_padding(stand_in):

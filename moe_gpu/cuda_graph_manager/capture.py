@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 Output = TypeVar("Output")
+Leaf = TypeVar("Leaf")
 WAITED = "called a synchronizing CUDA operation"
 
 
@@ -169,16 +170,21 @@ def making_a_graph() -> bool:
     return getattr(_STATE, "making", False)
 
 
-def map_tensors(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+def map_tensors(value: Any, function: Callable[[torch.Tensor], Any]) -> Any:
     """`value` with every tensor replaced, in tuples, lists, dicts and dataclasses; other leaves stay as they are."""
-    if isinstance(value, torch.Tensor):
+    return map_leaves(value, torch.Tensor, function)
+
+
+def map_leaves(value: Any, kind: type[Leaf], function: Callable[[Leaf], Any]) -> Any:
+    """`map_tensors` for leaves of another kind."""
+    if isinstance(value, kind):
         return function(value)
     if isinstance(value, dict):
-        return {name: map_tensors(item, function) for name, item in value.items()}
+        return {name: map_leaves(item, kind, function) for name, item in value.items()}
     if isinstance(value, tuple | list):
-        return _like(value, [map_tensors(item, function) for item in value])
+        return _like(value, [map_leaves(item, kind, function) for item in value])
     if is_dataclass(value) and not isinstance(value, type):
-        changed = {field.name: map_tensors(getattr(value, field.name), function) for field in fields(value)}
+        changed = {field.name: map_leaves(getattr(value, field.name), kind, function) for field in fields(value)}
         return replace(value, **changed)
     return value
 
@@ -197,13 +203,16 @@ def record_use(value: Any, stream: torch.cuda.Stream) -> None:
 def first_rows(value: Any, rows: int, keep: int) -> Any:
     """Views of an output's first `keep` of `rows` rows.
 
-    Every tensor must have a row for each input row; an object with `first_tokens(keep)` says itself what remains of it.
+    Every tensor must have a row for each input row; an object with `first_tokens(keep)` says itself what remains of it,
+    and one with `deferred(make)` says it when it is first looked at.
     CaptureError for anything else, since its padding would be taken for results.
     """
     if isinstance(value, torch.Tensor):
         if value.dim() == 0 or value.shape[0] != rows:
             raise CaptureError(f"an output of shape {tuple(value.shape)} has not a row for each of {rows} input rows")
         return value[:keep]
+    if hasattr(type(value), "deferred"):
+        return type(value).deferred(lambda: value.first_tokens(keep))
     if hasattr(type(value), "first_tokens"):
         return value.first_tokens(keep)
     if isinstance(value, dict):

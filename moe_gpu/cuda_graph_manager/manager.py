@@ -23,8 +23,8 @@ from moe_gpu.cuda_graph_manager.capture import (
     first_rows,
     graph_in_the_making,
     making_a_graph,
-    map_tensors,
 )
+from moe_gpu.cuda_graph_manager.packing import Packed, pack
 
 logger = logging.getLogger("moe_gpu")
 
@@ -99,7 +99,10 @@ class GraphKey(NamedTuple):
 
 @dataclass
 class _Graph:
-    """A captured call with its static input: rows from `padded_from` on are padding."""
+    """A captured call with its static input: rows from `padded_from` on are padding.
+
+    captured.output is Packed where results are the caller's to keep.
+    """
 
     captured: Captured
     static_x: torch.Tensor
@@ -111,13 +114,16 @@ class _Graph:
     def memory_bytes(self) -> int:
         return self.captured.memory_bytes + self.static_x.nbytes
 
-    def run(self, x: torch.Tensor) -> None:
+    def run(self, x: torch.Tensor) -> Any:
+        """The results of every row of the bucket."""
         rows = x.shape[0]
         self.static_x[:rows].copy_(x)
         if rows < self.padded_from:
             self.static_x[rows : self.padded_from].fill_(float("nan"))
         self.padded_from = rows
         self.captured.replay()
+        output = self.captured.output
+        return output.copies() if isinstance(output, Packed) else output
 
 
 class CUDAGraphManager:
@@ -270,16 +276,18 @@ class CUDAGraphManager:
         return TOO_FEW if calls < self.min_calls else None
 
     def _replay(self, graph: _Graph, x: torch.Tensor, found: Survey) -> Any:
-        graph.run(x)
+        output = graph.run(x)
         self._hits += 1
-        return self._results(graph.captured.output, graph.static_x.shape[0], x.shape[0], found)
+        return self._without_padding(output, graph.static_x.shape[0], x.shape[0], found)
 
-    def _results(self, output: Any, rows: int, keep: int, found: Survey) -> Any:
-        if keep < rows:
-            output = first_rows(output, rows, keep)
-            for module in found.aware:
-                module.discount_padding(rows - keep)
-        return map_tensors(output, torch.clone) if self.clone else output
+    @staticmethod
+    def _without_padding(output: Any, rows: int, keep: int, found: Survey) -> Any:
+        if keep == rows:
+            return output
+        output = first_rows(output, rows, keep)
+        for module in found.aware:
+            module.discount_padding(rows - keep)
+        return output
 
     def _begin(self, key: GraphKey, function: Callable[[torch.Tensor], Any], x: torch.Tensor, found: Survey) -> Any:
         """Serve this call from the static input, as a rehearsal, then capture; what fails is served as it came."""
@@ -310,8 +318,12 @@ class CUDAGraphManager:
                 static_x.fill_(float("nan"))
             static_x[: x.shape[0]].copy_(x)
         with graph_in_the_making():
-            output = self._capturer.rehearse(lambda: function(static_x), key.device)
-        return static_x, self._results(output, key.rows, x.shape[0], found)
+            output = self._capturer.rehearse(lambda: self._packed(function(static_x)), key.device)
+        output = output.copies() if isinstance(output, Packed) else output
+        return static_x, self._without_padding(output, key.rows, x.shape[0], found)
+
+    def _packed(self, output: Any) -> Any:
+        return pack(output) if self.clone else output
 
     def _capture(
         self, key: GraphKey, function: Callable[[torch.Tensor], Any], static_x: torch.Tensor, rows: int, found: Survey
@@ -321,7 +333,7 @@ class CUDAGraphManager:
         reason = None
         try:
             with graph_in_the_making():
-                captured = self._capturer.capture(lambda: function(static_x), key.device)
+                captured = self._capturer.capture(lambda: self._packed(function(static_x)), key.device)
         except Exception as error:  # noqa: BLE001 whatever keeps a call from being captured, it works eagerly
             reason = f"capture: {_in_one_line(error)}"
         if reason is not None:
@@ -395,7 +407,7 @@ def _remember(table: OrderedDict[GraphKey, Any], key: GraphKey, value: Any) -> N
 
 def _why_unpaddable(output: Any, rows: int) -> str | None:
     try:
-        first_rows(output, rows, rows)
+        first_rows(output.views() if isinstance(output, Packed) else output, rows, rows)
     except CaptureError as error:
         return str(error)
     return None
