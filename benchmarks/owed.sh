@@ -9,6 +9,7 @@
 # models     a transformers model beside grouped_mm and batched_mm
 # cache      the expert cache beside on-demand copies, LRU and resident weights
 # rows       load-aware tiles beside every single tile, the Gluon kernels and torch._grouped_mm
+# graphs     replays of a layer beside eager calls, a shared expert beside routed ones, experts divided among slices
 # ablation   what each part of the layer brings, and 4 to 256 experts
 # training   tokens/s, MFU, memory, bitwise resume
 # top        what publishing for `moe-gpu top` costs a job
@@ -19,7 +20,7 @@ folder=$(cd "$1" && pwd)
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export MOE_GPU_CACHE="$folder" PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 python=${PYTHON:-python3}
-alone="tests/gpu/test_slices.py tests/gpu/test_energy.py tests/gpu/test_live.py"
+alone="tests/gpu/test_slices.py tests/gpu/test_energy.py tests/gpu/test_live.py tests/gpu/test_expert_slices.py"
 case $2 in
 tests)
     beside=$($python -c 'import xdist; print("-n8")' 2>/dev/null || true)
@@ -32,6 +33,7 @@ layer) $python benchmarks/run_h200.py "$folder/h200_layer.jsonl" ;;
 models) $python benchmarks/run_huggingface.py "$folder/h200_models.jsonl" ;;
 cache) $python benchmarks/run_expert_cache.py "$folder/h200_expert_cache.jsonl" ;;
 rows) $python benchmarks/run_tiles.py "$folder/h200_load_aware.jsonl" ;;
+graphs) $python benchmarks/run_graphs.py "$folder/h200_graphs.jsonl" ;;
 ablation) $python -m moe_gpu bench --ablation --output-dir "$folder/h200_ablation" ;;
 training) $python benchmarks/run_training.py "$folder/h200_training.jsonl" ;;
 top) $python benchmarks/run_top_cost.py "$folder/h200_top_cost.jsonl" ;;

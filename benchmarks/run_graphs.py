@@ -2,9 +2,10 @@
 
 Table `graphs`: a Qwen3-30B-A3B layer, eager and replayed, 1 to 256 tokens: milliseconds a call when calls are queued
 one after another and when each is waited for, and the time of the kernels themselves by torch.profiler. Table `beside`:
-a shared expert and the routed ones, after each other, on plain streams and in slices, each arm as a graph. All arms of
-a comparison take turns; outputs are checked before they are timed. Under 90 seconds. `--trial` runs tiny work on the
-CPU instead, to try the script: its rows hold no numbers.
+a shared expert and the routed ones, after each other, on plain streams and in slices, each arm as a graph. Table
+`divided`: the experts of one layer undivided, and in two and four groups in slices by measured load, each as a graph.
+All arms of a comparison take turns; outputs are checked before they are timed. Under two minutes. `--trial` runs tiny
+work on the CPU instead, to try the script: its rows hold no numbers.
 """
 
 from __future__ import annotations
@@ -14,19 +15,26 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from moe_gpu.benchmark.problem import Problem, make_problem
+from moe_gpu.benchmark.providers import use_tensors
 from moe_gpu.cuda_graph_manager import Arm, BatchScheduler, CUDAGraphManager, StreamManager
 from moe_gpu.cuda_graph_manager.scheduler import IN_TURN, STREAMS, time_graphs
+from moe_gpu.expert_slices import ExpertSlices
 from moe_gpu.model import AdvancedMoELayer
 from moe_gpu.results import SliceRow, percentile
 from moe_gpu.slice_bench import Sizes, SliceBench, print_summary, why_not
+from moe_gpu.slices.plan import SliceError
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 SHARED_TOKENS, SHARED_WIDTHS = (16, 64, 256), (768, 5632)  # an expert's width, and that of Qwen1.5-MoE-A2.7B
+DIVIDED_TOKENS, ROUTINGS = (16, 256, 1024, 4096), ("uniform", "zipf-1.2")
+UNDIVIDED = Arm("undivided")
 ROUNDS, QUEUED, PROFILED, INPUTS = 30, 20, 20, 8
 
 
@@ -179,7 +187,56 @@ def measure_beside(bench: SliceBench) -> None:
     scheduler.close()
 
 
-SECTIONS = {"graphs": measure_graphs, "beside": measure_beside}
+def measure_divided(bench: SliceBench) -> None:
+    """A layer's experts undivided, and in groups that PROPORTIONAL gave slices by their loads in this very routing."""
+    sizes = itertools.product(DIVIDED_TOKENS, ROUTINGS) if bench.on_gpu else [(6, "uniform")]
+    for num_tokens, routing in sizes:
+        problem = make_problem(bench.config, num_tokens, routing, bench.dtype, bench.device)
+        with torch.device("meta"):
+            layer = AdvancedMoELayer.from_config(bench.config, use_cuda_graphs=False, enable_energy_monitoring=False)
+        use_tensors(layer.eval(), problem)
+        what = f"layer, T={num_tokens}, {routing}"
+        expected, stats = layer(problem.x_TH, problem.logits())
+        loads = stats.counts_E.tolist()
+        calls: dict[Arm, Callable[[], Any]] = {UNDIVIDED: partial(call_divided, layer, problem, None)}
+        plans: dict[Arm, tuple[int, ...]] = {}
+        for backend, groups in itertools.product(("cta", "green_context"), (2, 4)):
+            arm = Arm(f"{backend}, {groups} groups", True, backend)
+            try:
+                layer.divide_experts(groups, backend)
+            except SliceError as error:
+                bench.add("divided", arm.name, what, status="unavailable", reason=str(error))
+                continue
+            divided = layer.divided
+            assert divided is not None
+            divided.manager.optimize_allocations(loads)
+            plans[arm] = divided.manager.plan.sms
+            calls[arm] = partial(call_divided, layer, problem, divided)
+            require_same(calls[arm](), expected)
+        layer.divided = None
+        if not bench.on_gpu:
+            for arm in calls:
+                bench.add("divided", arm.name, what)
+            continue
+        times, failures = time_graphs(calls, bench.device, samples=60)
+        medians = {arm: percentile(times_ms, 0.5) for arm, times_ms in times.items()}
+        for arm, times_ms in times.items():
+            shown = what if arm == UNDIVIDED else f"{what}: {'+'.join(map(str, plans[arm]))} SMs"
+            bench.add("divided", arm.name, shown, **facts_of(times_ms))
+            bench.add(
+                "divided", arm.name, f"{what}, over undivided", value=medians[arm] / medians[UNDIVIDED], unit="ratio"
+            )
+        for arm, reason in failures.items():
+            bench.add("divided", arm.name, what, status="failed", reason=reason)
+        print(f"{what}: " + ", ".join(f"{arm.name} {median * 1e3:.0f} us" for arm, median in medians.items()))
+
+
+def call_divided(layer: AdvancedMoELayer, problem: Problem, divided: ExpertSlices | None) -> torch.Tensor:
+    layer.divided = divided
+    return layer(problem.x_TH, problem.logits())[0]
+
+
+SECTIONS = {"graphs": measure_graphs, "beside": measure_beside, "divided": measure_divided}
 
 
 def main() -> int:

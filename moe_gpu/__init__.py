@@ -21,6 +21,7 @@ _HOMES = {
         "select_sm_slice",
     ),
     "expert_cache": ("ExpertCache",),
+    "expert_slices": ("ExpertSlices",),
     "gpu_slice_manager": ("AdvancedGPUSliceManager", "GPUSliceOptimizer"),
     "live.publisher": ("Publisher", "publish"),
     "live.status": ("JobStatus", "Progress"),
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
         select_sm_slice,
     )
     from moe_gpu.expert_cache import ExpertCache
+    from moe_gpu.expert_slices import ExpertSlices
     from moe_gpu.gpu_slice_manager import AdvancedGPUSliceManager, GPUSliceOptimizer
     from moe_gpu.huggingface import CoverageReport, disable, enable
     from moe_gpu.live.publisher import Publisher, publish

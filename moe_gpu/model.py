@@ -13,6 +13,8 @@ from moe_gpu.config import MoEConfig, RouterConfig
 from moe_gpu.cuda_graph_manager import BatchScheduler, CUDAGraphManager
 from moe_gpu.energy_work import LayerWork
 from moe_gpu.expert_cache import ExpertCache, LayerCache
+from moe_gpu.expert_slices import ExpertSlices, equal_groups
+from moe_gpu.gpu_slice_manager import AdvancedGPUSliceManager
 from moe_gpu.layer_energy import LayerEnergy, feature_reason, work_of
 from moe_gpu.moe_layer import MoEBase, MoEStats
 from moe_gpu.profiler import ExpertProfiler
@@ -113,15 +115,11 @@ class AdvancedMoELayer(MoEBase):
         if use_cuda_graphs:
             self.graphs = use_cuda_graphs if isinstance(use_cuda_graphs, CUDAGraphManager) else CUDAGraphManager()
         self._graph_owner = CUDAGraphManager.new_owner()
-        self._without_slice = Feature(
-            total_slices > 1,
-            False,
-            "no slice is held: a plan of AdvancedGPUSliceManager gives a layer one by layer.use_slice; policy "
-            f"{allocation_policy.name} does not divide the experts of one layer yet",
-        )
+        self.divided: ExpertSlices | None = None
+        self._total_slices, self._allocation_policy = total_slices, allocation_policy
         features = {
             "cuda_graphs": self._graphs_feature(),
-            "slices": self._without_slice,
+            "slices": self._slices_feature(),
             "energy": self._energy_feature(),
         }
         for name, feature in features.items():
@@ -218,6 +216,20 @@ class AdvancedMoELayer(MoEBase):
         self.slice = held
         self._make_ops()
 
+    def divide_experts(self, groups: int | AdvancedGPUSliceManager | None, backend: str = "cta") -> None:
+        """Compute the routed experts in groups, each in its own slice of the GPU, side by side; None: undivided.
+
+        groups: a slice manager with the experts' tenants, or how many equal runs of experts to make tenants of a new
+        one, with this layer's `total_slices` and `allocation_policy` on `backend` (`cta` or `green_context`);
+        `layer.divided.manager` is that manager. Calls without gradients are divided, also in CUDA graphs, one for each
+        plan; others are not, nor are those with an hbm_budget, in a slice of the whole layer, or in torch.compile.
+        Raises SliceError for groups, experts or slices that cannot be; nothing changes then.
+        """
+        if isinstance(groups, int):
+            settings = (self._total_slices, self._allocation_policy, backend, self.router_weight.device)
+            groups = equal_groups(self.config.num_experts, groups, *settings)
+        self.divided = None if groups is None else ExpertSlices(groups, self.config.num_experts)
+
     def use_scheduler(self, scheduler: BatchScheduler | None) -> None:
         """Let a scheduler run the shared expert beside the routed ones where that is faster; None: after each other.
 
@@ -240,8 +252,7 @@ class AdvancedMoELayer(MoEBase):
             Feature(False, False, "pass hbm_budget=...") if self._hbm is None else Feature(True, True, str(self._hbm))
         )
         features["cuda_graphs"] = self._graphs_feature()
-        held = self.slice
-        features["slices"] = self._without_slice if held is None else self._slice_feature(held, backend.name)
+        features["slices"] = self._slices_feature()
         features["energy"] = self._energy_feature()
         return features
 
@@ -260,7 +271,9 @@ class AdvancedMoELayer(MoEBase):
         """What a graph of this layer depends on besides its input and the addresses of its weights."""
         counters = None if self.profiler is None else self.profiler.state_LS
         profiled = None if counters is None else (counters.data_ptr(), self.layer_index)
-        return (self.ops.sm_budget, self.use_triton, self.debug, self._hbm is None, profiled, id(self.scheduler))
+        divided = None if self.divided is None else self.divided.facts()
+        settings = (self.ops.sm_budget, self.use_triton, self.debug, self._hbm is None)
+        return (*settings, profiled, id(self.scheduler), divided)
 
     def graph_conflict(self) -> str | None:
         """Why no graph can be captured of this layer as it is; None where one can."""
@@ -282,6 +295,25 @@ class AdvancedMoELayer(MoEBase):
         if self._energy is None:
             return Feature(False, False, "enable_energy_monitoring=False")
         return Feature(True, *feature_reason(self.router_weight.device, self.gate_up_proj.dtype))
+
+    def _slices_feature(self) -> Feature:
+        dtype = self.gate_up_proj.dtype
+        if self.slice is not None:
+            return self._slice_feature(self.slice, self.ops.backend_for(dtype).name)
+        if self.divided is None:
+            return Feature(
+                self._total_slices > 1,
+                False,
+                "no slice is held: layer.divide_experts(groups) divides the experts among slices by "
+                f"{self._allocation_policy.name}, layer.use_slice(slice) keeps the whole layer to one",
+            )
+        device = self.router_weight.device
+        reason = self.divided.why_not(self.ops, device, dtype)
+        if reason is None and self._hbm is not None:
+            reason = "the experts run from an hbm_budget"
+        if reason is None and device.type != "cuda":
+            reason = f"{self.divided}, in turn: nothing is enforced on {device}"
+        return Feature(True, reason is None, reason or f"{self.divided}, in calls without gradients")
 
     @staticmethod
     def _slice_feature(held: GPUSlice, backend: str) -> Feature:
@@ -395,11 +427,19 @@ class AdvancedMoELayer(MoEBase):
         sm_budget: int | None,
     ) -> tuple[torch.Tensor, Routing, torch.Tensor]:
         """The routed experts' output, in so many SMs (None: all), with the routing and its logits."""
-        ops = self.ops
-        if sm_budget != ops.sm_budget:
-            ops = TritonExpertOps(x_TH.device, self.use_triton, sm_budget)
+        ops = self.ops.with_budget(sm_budget)
         logits_TE, routing = self._route(x_TH, given_TE, ops)
-        return ops.experts(rows_TH, routing, weights.to(rows_TH.dtype), self.config.activation), routing, logits_TE
+        weights, activation = weights.to(rows_TH.dtype), self.config.activation
+        if self._divided(sm_budget, rows_TH.dtype):
+            assert self.divided is not None
+            return self.divided.run(rows_TH, routing, weights, activation, ops), routing, logits_TE
+        return ops.experts(rows_TH, routing, weights, activation), routing, logits_TE
+
+    def _divided(self, sm_budget: int | None, dtype: torch.dtype) -> bool:
+        """Whether this call's experts are computed in slices of their own."""
+        if self.divided is None or sm_budget is not None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        return self.divided.why_not(self.ops, self.router_weight.device, dtype) is None
 
 
 def _finish_copies(layer: AdvancedMoELayer, *_: object) -> None:

@@ -119,6 +119,14 @@ class ExpertWeights:
 
         return ExpertWeights(*map(convert, self.tensors()))
 
+    def some(self, first: int, end: int) -> ExpertWeights:
+        """Of the experts from `first` to before `end`: views."""
+
+        def part(tensor: Any) -> Any:
+            return None if tensor is None else tensor[first:end]
+
+        return ExpertWeights(*map(part, self.tensors()))
+
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
         """All weights in the order of the fields, None where there is none."""
         return tuple(getattr(self, field.name) for field in fields(self))

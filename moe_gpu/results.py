@@ -217,7 +217,9 @@ class SliceRow:
     """One measurement of slices. status: "ok", "unavailable" or "failed"; `reason` says why unless ok."""
 
     kind: ClassVar[str] = "slice"
-    table: str  # "rate", "launch", "partition", "interference", "isolation", "cost", "profiler", "graphs" or "beside"
+    table: (
+        str  # "rate", "launch", "partition", "interference", "isolation", "cost", "profiler", "graphs", "beside", ...
+    )
     arm: str  # how the work was kept apart, or launched: "alone", "unsliced", "cta", "green_context", "replay", ...
     what: str  # the work that was timed
     status: str = "ok"

@@ -16,7 +16,8 @@ PACKAGE = ROOT / "moe_gpu"
 
 LEAVES = {"config", "reference", "results", "nvml", "extras"}
 MANAGERS = {"profiler", "gpu_slice_manager", "expert_cache", "cuda_graph_manager", "energy_monitor", "energy_model"}
-LAYERS = LEAVES | MANAGERS | {"energy_work", "slices", "triton_kernels", "expert_parallel", "moe_layer", "model"}
+LAYERS = LEAVES | MANAGERS | {"energy_work", "slices", "expert_slices", "triton_kernels", "expert_parallel"}
+LAYERS |= {"moe_layer", "model"}
 TOOLS = {"benchmark", "training", "plots", "report", "console"}
 
 # Room -> the rooms it may import (itself always). A room is a module of moe_gpu, or a folder of modules.
@@ -39,6 +40,7 @@ ALLOWED = {
     "energy_model": LEAVES | {"energy_monitor", "energy_work"},  # it calibrates on windows
     "layer_energy": LEAVES | MANAGERS | {"energy_work", "explain", "triton_kernels"},
     "moe_layer": LEAVES | {"profiler"},
+    "expert_slices": LEAVES | {"slices", "gpu_slice_manager", "triton_kernels"},
     "model": LAYERS | {"layer_energy"},
     "huggingface": LAYERS,
     "chrome_trace": LEAVES | {"profiler"},

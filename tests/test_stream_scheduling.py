@@ -178,6 +178,6 @@ def test_a_trial_of_the_benchmark_runs_every_table_and_measures_nothing(tmp_path
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr + done.stdout
     rows = select(read_rows(tmp_path / "rows.jsonl"), SliceRow)
-    assert {row.table for row in rows} == {"graphs", "beside"}
+    assert {row.table for row in rows} == {"graphs", "beside", "divided"}
     assert {row.status for row in rows} == {"unavailable"}
     assert all((row.p50_ms, row.value) == (None, None) for row in rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.util
 import os
@@ -63,6 +64,16 @@ class TritonExpertOps:
             from moe_gpu.triton_kernels import custom_ops
 
             custom_ops.register()
+
+    def with_budget(self, sm_budget: int | None) -> TritonExpertOps:
+        """The same operations in so many SMs; None: in every one."""
+        if sm_budget == self.sm_budget:
+            return self
+        if sm_budget is not None and sm_budget < 1:
+            raise ValueError(f"sm_budget={sm_budget} must be at least 1, or None for every SM")
+        other = copy.copy(self)
+        other.sm_budget = sm_budget
+        return other
 
     def backend_for(self, dtype: torch.dtype) -> Backend:
         """The backend that serves tensors of this dtype, and why."""
@@ -199,7 +210,7 @@ class TritonExpertOps:
             routing.topk_ids_TK,
             routing.row_route_R,
             routing.row_of_route_TK,
-            bounds_P.clone() if first_bin else bounds_P,  # kernels are compiled for 16-byte aligned pointers
+            bounds_P.clone() if first_bin % 4 else bounds_P,  # kernels are compiled for 16-byte aligned pointers
             weights.up_EGH,
             weights.down_EOI,
             weights.mid_EII,
