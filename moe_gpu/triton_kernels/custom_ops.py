@@ -25,6 +25,7 @@ from moe_gpu.triton_kernels.gather_scatter import (
 )
 from moe_gpu.triton_kernels.grouped_gemm import num_sms, row_contiguous, shared_bytes
 from moe_gpu.triton_kernels.load_counts import count_load
+from moe_gpu.triton_kernels.placing import sort_routes
 from moe_gpu.triton_kernels.products import Products
 from moe_gpu.triton_kernels.routing_grad import route_backward
 from moe_gpu.triton_kernels.tuning import mlp_config
@@ -84,7 +85,7 @@ def _route_backward_fake(logits, ids, weights, grad_weights, *router):
 
 
 def _sort_routes(ids, num_experts, capacity):
-    return routing.sort_routes(ids, num_experts, capacity)
+    return tuple(sort_routes(ids, num_experts, capacity))
 
 
 def _sort_routes_fake(ids, num_experts, capacity):

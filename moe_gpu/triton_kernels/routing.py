@@ -1,15 +1,14 @@
-"""Routing on the device: logits to top-k choices, and from choices to a stable order of rows by expert.
+"""Routing on the device: router logits to top-k choices and their weights, and on to rows sorted by expert.
 
 Two steps. Choose: a program takes a block of tokens and writes their choices and weights, each route's rank among the
-routes of its expert in the block, and how many each expert has. Place: a program sums the counts of the blocks before
-its own and gives each route its row. Few tokens are one block, and one launch does both; more take two launches. No
-atomics, no host reads: the order is the reference's, to the bit, on every run.
+routes of its expert in the block, and how many each expert has. Place (`placing.py`) gives each route its row. Few
+tokens are one block, and one launch does both; more take two launches. No atomics, no host reads: the order is the
+reference's, to the bit, on every run.
 
 Choose holds a step of tokens as (lanes, tokens, chunks of experts), the first axis over the lanes of a warp and the
 second over warps: the best expert of a token is then a reduction within one warp. Triton lays axes out by how
 contiguous addresses are, so `max_contiguous` claims a little more for each axis before the next; as no address is known
-to be aligned, that orders the axes and makes no vectors. Choices made elsewhere take the same path as "tokens" of one
-route each.
+to be aligned, that orders the axes and makes no vectors.
 """
 
 from __future__ import annotations
@@ -23,13 +22,18 @@ import triton.language as tl
 
 from moe_gpu.config import RouterConfig
 from moe_gpu.triton_kernels.launch import launch, pdl_options, wait_for_previous
+from moe_gpu.triton_kernels.placing import (
+    MAX_BLOCKS,
+    PLACED_AT_ONCE,
+    SINGLE_LAUNCH_ROUTES,
+    new_rows,
+    place,
+    place_block,
+)
 from moe_gpu.triton_kernels.tuning import cdiv, next_power_of_2
 
 SINGLE_LAUNCH_TOKENS = 64
-SINGLE_LAUNCH_ROUTES = 1024
 SINGLE_LAUNCH_LOGITS = 64 * 256
-# Programs of the choosing launch: one an SM of the GPUs that matter, and few counts for the placing launch to sum.
-MAX_BLOCKS = 128
 # Beyond, programs that wait for the launch before them hold the SMs that it still needs: an H200 takes 30 us with
 # dependent launch and 16 without for 4096 tokens, 128 experts, but 9.6 and 10.5 for 1024 (printed, not recorded).
 PDL_MAX_TOKENS = 2048
@@ -176,7 +180,6 @@ def _choose_block(
     OVER_CHOSEN: tl.constexpr,
     NORM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    HAS_LOGITS: tl.constexpr,
     UNIQUE: tl.constexpr,
 ):
     """Tokens [first, end): choices, weights, ranks in the block, and the block's counts; ROWS tokens a step."""
@@ -196,40 +199,33 @@ def _choose_block(
     for start in range(first, end, ROWS):
         row = start + tl.arange(0, ROWS)
         inside = (row < end)[None, :, None]
-        if HAS_LOGITS:
-            # The stride between experts is never a constant 1, which would give a lane a vector: see the module.
-            address = logits_ptr + row.to(tl.int64)[None, :, None] * stride_t + e * stride_e
-            address = tl.max_contiguous(address, (4, 2, 1))
-            x = tl.load(address, mask=exists & inside, other=float("-inf")).to(tl.float32)
-            slot, chosen, weights, bad = _choose(
-                x,
-                bias,
-                exists,
-                scale,
-                TOP_K,
-                N_GROUP,
-                TOPK_GROUP,
-                CHUNK,
-                CHUNKS,
-                LANES,
-                SIGMOID,
-                BY_LOGIT,
-                OVER_CHOSEN,
-                NORM,
-                HAS_BIAS,
-                UNIQUE,
-            )
-            bad = bad[None, :, None]
-            chosen = chosen & inside
-            route = (row - first)[None, :, None] * TOP_K + slot
-            tl.store(tl.max_contiguous(weights_ptr + first_route + route, (4, 2, 1)), weights, mask=chosen)
-            tl.store(tl.max_contiguous(ids_ptr + first_route + route, (4, 2, 1)), tl.where(bad, -1, e), mask=chosen)
-        else:
-            ids = tl.load(ids_ptr + row, mask=row < end, other=-1)[None, :, None]
-            bad = (ids < 0) | (ids >= E)
-            chosen = (e == tl.where(bad, 0, ids)) & exists & inside
-            slot = tl.zeros_like(e)
-            route = (row - first)[None, :, None] + slot
+        # The stride between experts is never a constant 1, which would give a lane a vector: see the module.
+        address = logits_ptr + row.to(tl.int64)[None, :, None] * stride_t + e * stride_e
+        address = tl.max_contiguous(address, (4, 2, 1))
+        x = tl.load(address, mask=exists & inside, other=float("-inf")).to(tl.float32)
+        slot, chosen, weights, bad = _choose(
+            x,
+            bias,
+            exists,
+            scale,
+            TOP_K,
+            N_GROUP,
+            TOPK_GROUP,
+            CHUNK,
+            CHUNKS,
+            LANES,
+            SIGMOID,
+            BY_LOGIT,
+            OVER_CHOSEN,
+            NORM,
+            HAS_BIAS,
+            UNIQUE,
+        )
+        bad = bad[None, :, None]
+        chosen = chosen & inside
+        route = (row - first)[None, :, None] * TOP_K + slot
+        tl.store(tl.max_contiguous(weights_ptr + first_route + route, (4, 2, 1)), weights, mask=chosen)
+        tl.store(tl.max_contiguous(ids_ptr + first_route + route, (4, 2, 1)), tl.where(bad, -1, e), mask=chosen)
         # One scan counts both: an expert's tokens in the low half, tokens without a choice in the high one.
         mine = (chosen & ~bad).to(tl.int32) + ((bad & inside).to(tl.int32) << 16)
         before = tl.cumsum(mine, 1) - mine
@@ -243,66 +239,12 @@ def _choose_block(
     tl.store(counts_ptr + expert_of, counts, mask=exists_of)
 
 
-@triton.jit
-def _place_block(
-    ids_ptr,
-    row_route_ptr,
-    row_of_route_ptr,  # ranks in, rows out
-    demand_ptr,
-    offsets_ptr,
-    demand,  # (BLOCK_E,) int32 routes of each expert, over all blocks
-    before,  # (BLOCK_E,) int32 routes of each expert in the blocks before this one
-    block,
-    first,
-    end,
-    num_routes,
-    E,
-    capacity,
-    CAPPED: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    ROUTES: tl.constexpr,
-):
-    """Routes [first, end), those of one block: the expert's offset, plus the routes before in it; ROUTES a step."""
-    e = tl.arange(0, BLOCK_E)
-    valid_routes = tl.sum(demand, 0)
-    kept = tl.minimum(demand, capacity) if CAPPED else demand
-    used = tl.sum(kept, 0) if CAPPED else valid_routes
-    offsets = tl.cumsum(kept, 0) - kept
-    if block == 0:
-        tl.store(demand_ptr + e, demand, mask=e < E)
-        tl.store(demand_ptr + E, num_routes - valid_routes)
-        tl.store(offsets_ptr + e, offsets, mask=e < E)
-        tl.store(offsets_ptr + E, used)
-    if CAPPED:
-        overflow = demand - kept
-        overflow_first = used + tl.cumsum(overflow, 0) - overflow
-    invalid_first = valid_routes + first - tl.sum(before, 0)
-    for start in range(first, end, ROUTES):
-        i = start + tl.arange(0, ROUTES)
-        own = i < end
-        ids = tl.load(ids_ptr + i, mask=own, other=-1)
-        rank = tl.load(row_of_route_ptr + i, mask=own, other=0)
-        valid = (ids >= 0) & (ids < E)
-        bins = tl.where(valid, ids, 0)
-        if CAPPED:
-            rank += tl.where(valid, tl.gather(before, bins, 0), 0)
-            fits = valid & (rank < capacity)
-            kept_row = tl.gather(offsets, bins, 0) + rank
-            dropped_row = tl.gather(overflow_first, bins, 0) + rank - capacity
-            row = tl.where(fits, kept_row, tl.where(valid, dropped_row, invalid_first + rank))
-        else:
-            fits = valid
-            row = rank + tl.where(valid, tl.gather(offsets + before, bins, 0), invalid_first)
-        tl.store(row_route_ptr + row, i, mask=own)
-        tl.store(row_of_route_ptr + i, tl.where(fits, row, -1), mask=own)
-
-
 @triton.jit(do_not_specialize=["T", "block_tokens", "capacity", "stride_e"])
 def _choose_kernel(
-    logits_ptr,  # (T, E) any float of any strides; unused unless HAS_LOGITS
+    logits_ptr,  # (T, E) any float of any strides
     bias_ptr,  # (E,) float32; unused unless HAS_BIAS
-    ids_ptr,  # (T, K) int32: written if HAS_LOGITS, else read
-    weights_ptr,  # (T, K) float32: written if HAS_LOGITS
+    ids_ptr,  # (T, K) int32
+    weights_ptr,  # (T, K) float32
     counts_ptr,  # (blocks, E) int32: routes of each expert in each block of tokens
     row_of_route_ptr,  # (T, K) int32: each route's rank among those of its expert in the block; its row if SINGLE
     demand_ptr,  # (P,) int32: written if SINGLE, as the two below
@@ -329,7 +271,6 @@ def _choose_kernel(
     OVER_CHOSEN: tl.constexpr,
     NORM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    HAS_LOGITS: tl.constexpr,
     UNIQUE: tl.constexpr,
     CAPPED: tl.constexpr,
     SINGLE: tl.constexpr,
@@ -364,14 +305,13 @@ def _choose_kernel(
         OVER_CHOSEN,
         NORM,
         HAS_BIAS,
-        HAS_LOGITS,
         UNIQUE,
     )
     if SINGLE:
         tl.debug_barrier()  # placing reads what other threads wrote
         e = tl.arange(0, BLOCK_E)
         counts = tl.load(counts_ptr + e, mask=e < E, other=0)
-        _place_block(
+        place_block(
             ids_ptr,
             row_route_ptr,
             row_of_route_ptr,
@@ -389,58 +329,6 @@ def _choose_kernel(
             BLOCK_E,
             ROUTES,
         )
-
-
-@triton.jit(do_not_specialize=["num_routes", "block_routes", "num_blocks", "capacity"])
-def _place_kernel(
-    ids_ptr,  # (T, K) int32
-    counts_ptr,  # (blocks, E) int32
-    row_of_route_ptr,  # (T, K) int32: ranks in, rows out
-    demand_ptr,  # (P,) int32
-    offsets_ptr,  # (P,) int32
-    row_route_ptr,  # (R,) int32
-    num_routes,
-    E,
-    block_routes,
-    num_blocks,
-    capacity,
-    BLOCK_E: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    ROUTES: tl.constexpr,
-    CAPPED: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """One program the block_routes routes of one block of tokens; program 0 also writes demand and offsets."""
-    wait_for_previous(PDL)
-    block = tl.program_id(0)
-    e = tl.arange(0, BLOCK_E)
-    demand = tl.zeros((BLOCK_E,), tl.int32)
-    before = tl.zeros((BLOCK_E,), tl.int32)
-    for start in range(0, num_blocks, BLOCK_B):
-        b = start + tl.arange(0, BLOCK_B)
-        address = counts_ptr + b.to(tl.int64)[:, None] * E + e[None, :]
-        counts = tl.load(address, mask=(b < num_blocks)[:, None] & (e < E)[None, :], other=0)
-        demand += tl.sum(counts, 0)
-        before += tl.sum(tl.where((b < block)[:, None], counts, 0), 0)
-    first = block * block_routes
-    _place_block(
-        ids_ptr,
-        row_route_ptr,
-        row_of_route_ptr,
-        demand_ptr,
-        offsets_ptr,
-        demand,
-        before,
-        block,
-        first,
-        tl.minimum(first + block_routes, num_routes),
-        num_routes,
-        E,
-        capacity,
-        CAPPED,
-        BLOCK_E,
-        ROUTES,
-    )
 
 
 @dataclass(frozen=True)
@@ -465,11 +353,6 @@ class _Blocks:
         """8 logits a thread, up to 16 warps; one warp a token, unless it would hold more than 16 logits a thread."""
         return max(1, min(16, self.rows * cdiv(self.chunks, 16), self.rows * self.chunks * self.lanes // 256))
 
-    @property
-    def blocks_per_step(self) -> int:
-        """Blocks whose counts the placing launch loads at once: 32 numbers a thread of its 8 warps."""
-        return max(1, min(64, 8192 // self.experts))
-
     @classmethod
     @functools.lru_cache(maxsize=256)
     def choose(cls, num_tokens: int, num_experts: int, top_k: int, n_group: int) -> _Blocks:
@@ -481,13 +364,13 @@ class _Blocks:
         # 8 logits a thread of the most warps there are: their keys and scores stay in registers.
         rows = max(1, min(64, 4096 // (chunks * lanes), next_power_of_2(tokens)))
         tokens = cdiv(tokens, rows) * rows
-        routes = min(1024, next_power_of_2(tokens * top_k))
+        routes = min(PLACED_AT_ONCE, next_power_of_2(tokens * top_k))
         return cls(cdiv(num_tokens, tokens), tokens, rows, chunk, chunks, lanes, block_e, routes)
 
 
-def _has_unique_keys(logits_TE: torch.Tensor | None, bias_E: torch.Tensor | None, router: RouterConfig) -> bool:
+def _has_unique_keys(logits_TE: torch.Tensor, bias_E: torch.Tensor | None, router: RouterConfig) -> bool:
     """Whether the order of a token's logits and of the ids that break its ties fit one int32."""
-    if logits_TE is None or bias_E is not None or router.n_group > 1:
+    if bias_E is not None or router.n_group > 1:
         return False
     return logits_TE.dtype in (torch.float16, torch.bfloat16) and logits_TE.shape[1] <= _FREE_BITS.value
 
@@ -502,31 +385,24 @@ def router_flags(router: RouterConfig) -> dict[str, bool]:
     }
 
 
-def _launch(
-    logits_TE: torch.Tensor | None,
-    bias_E: torch.Tensor | None,
-    ids_TK: torch.Tensor,
-    weights_TK: torch.Tensor | None,
-    num_experts: int,
-    router: RouterConfig,
-    capacity: int | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    num_tokens, top_k = ids_TK.shape
-    device = ids_TK.device
-    num_routes = num_tokens * top_k
-    demand_P = torch.empty(num_experts + 1, dtype=torch.int32, device=device)
-    offsets_P = torch.empty(num_experts + 1, dtype=torch.int32, device=device)
-    row_route_R = torch.empty(num_routes, dtype=torch.int32, device=device)
-    row_of_route_TK = torch.empty(num_tokens, top_k, dtype=torch.int32, device=device)
+def route_forward(
+    logits_TE: torch.Tensor, bias_E: torch.Tensor | None, top_k: int, router: RouterConfig, capacity: int | None
+) -> tuple[torch.Tensor, ...]:
+    """(topk_ids_TK, topk_weights_TK, demand_P, offsets_P, row_route_R, row_of_route_TK) of logits of any float."""
+    num_tokens, num_experts = logits_TE.shape
+    device = logits_TE.device
+    ids_TK = torch.empty(num_tokens, top_k, dtype=torch.int32, device=device)
+    weights_TK = torch.empty(num_tokens, top_k, dtype=torch.float32, device=device)
+    rows = new_rows(ids_TK, num_experts)
     if num_tokens == 0:
-        return demand_P.zero_(), offsets_P.zero_(), row_route_R, row_of_route_TK
-    if logits_TE is None:
-        num_tokens, top_k = num_routes, 1
+        return ids_TK, weights_TK, *rows
+    if bias_E is not None:
+        bias_E = bias_E.to(torch.float32).contiguous()
     blocks = _Blocks.choose(num_tokens, num_experts, top_k, router.n_group)
     counts = torch.empty(blocks.count, num_experts, dtype=torch.int32, device=device)
+    num_routes = num_tokens * top_k
     limit = num_routes if capacity is None else min(capacity, num_routes)
     pdl = pdl_options(device, pays=num_tokens <= PDL_MAX_TOKENS)
-    shared = {"BLOCK_E": blocks.experts, "ROUTES": blocks.routes, "CAPPED": limit < num_routes, **pdl}
     launch(
         _choose_kernel,
         (blocks.count,),
@@ -535,16 +411,16 @@ def _launch(
         ids_TK,
         weights_TK,
         counts,
-        row_of_route_TK,
-        demand_P,
-        offsets_P,
-        row_route_R,
+        rows.row_of_route_TK,
+        rows.demand_P,
+        rows.offsets_P,
+        rows.row_route_R,
         num_tokens,
         num_experts,
         blocks.tokens,
         limit,
         float(router.routed_scaling_factor),
-        *((0, 0) if logits_TE is None else logits_TE.stride()),
+        *logits_TE.stride(),
         TOP_K=top_k,
         N_GROUP=router.n_group,
         TOPK_GROUP=router.topk_group,
@@ -552,51 +428,17 @@ def _launch(
         CHUNK=blocks.chunk,
         CHUNKS=blocks.chunks,
         LANES=blocks.lanes,
+        BLOCK_E=blocks.experts,
+        ROUTES=blocks.routes,
         BY_LOGIT=router.softmax_after_topk,
         HAS_BIAS=bias_E is not None,
-        HAS_LOGITS=logits_TE is not None,
         UNIQUE=_has_unique_keys(logits_TE, bias_E, router),
+        CAPPED=limit < num_routes,
         SINGLE=blocks.single,
         num_warps=blocks.num_warps,
         **router_flags(router),
-        **shared,
+        **pdl,
     )
     if not blocks.single:
-        launch(
-            _place_kernel,
-            (blocks.count,),
-            ids_TK,
-            counts,
-            row_of_route_TK,
-            demand_P,
-            offsets_P,
-            row_route_R,
-            num_routes,
-            num_experts,
-            blocks.tokens * top_k,
-            blocks.count,
-            limit,
-            BLOCK_B=blocks.blocks_per_step,
-            num_warps=8,
-            **shared,
-        )
-    return demand_P, offsets_P, row_route_R, row_of_route_TK
-
-
-def route_forward(
-    logits_TE: torch.Tensor, bias_E: torch.Tensor | None, top_k: int, router: RouterConfig, capacity: int | None
-) -> tuple[torch.Tensor, ...]:
-    """(topk_ids_TK, topk_weights_TK, demand_P, offsets_P, row_route_R, row_of_route_TK) of logits of any float."""
-    num_tokens, num_experts = logits_TE.shape
-    ids_TK = torch.empty(num_tokens, top_k, dtype=torch.int32, device=logits_TE.device)
-    weights_TK = torch.empty(num_tokens, top_k, dtype=torch.float32, device=logits_TE.device)
-    if bias_E is not None:
-        bias_E = bias_E.to(torch.float32).contiguous()
-    return ids_TK, weights_TK, *_launch(logits_TE, bias_E, ids_TK, weights_TK, num_experts, router, capacity)
-
-
-def sort_routes(
-    topk_ids_TK: torch.Tensor, num_experts: int, capacity: int | None = None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(demand_P, offsets_P, row_route_R, row_of_route_TK) of int32 choices made elsewhere."""
-    return _launch(None, None, topk_ids_TK.contiguous(), None, num_experts, RouterConfig(), capacity)
+        place(ids_TK, counts, rows, blocks.tokens * top_k, limit, blocks.routes, pdl)
+    return ids_TK, weights_TK, *rows

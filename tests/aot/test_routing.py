@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from moe_gpu.config import RouterConfig
-from moe_gpu.triton_kernels import gather_scatter, routing, routing_grad
-from tests.aot.compiling import Compiled, compile_for
+from moe_gpu.triton_kernels import gather_scatter, placing, routing, routing_grad
+from tests.aot.compiling import Compiled, compile_for, compiling_launches
 
 ARCHS = (80, 89, 90)
 DEEPSEEK = RouterConfig("sigmoid", routed_scaling_factor=2.5, n_group=8, topk_group=4)
@@ -52,12 +53,11 @@ def test_routing(arch, num_tokens, num_experts, top_k, dtype, biased):
         "CHUNK": blocks.chunk,
         "CHUNKS": blocks.chunks,
         "LANES": blocks.lanes,
-        "BLOCK_B": blocks.blocks_per_step,
+        "BLOCK_B": max(1, min(64, 8192 // blocks.experts)),
         "BLOCK_E": blocks.experts,
         "ROUTES": blocks.routes,
         "BY_LOGIT": False,
         "HAS_BIAS": biased,
-        "HAS_LOGITS": True,
         "UNIQUE": dtype == "bf16" and not biased and router.n_group == 1,
         "CAPPED": biased,
         "SINGLE": blocks.single,
@@ -73,10 +73,24 @@ def test_routing(arch, num_tokens, num_experts, top_k, dtype, biased):
     assert ("griddepcontrol.wait" in choose.ptx) == (arch >= 90)
     built = [choose]
     if not blocks.single:
-        built.append(build(routing._place_kernel, arch, constants, types, 8))
+        built.append(build(placing._place_kernel, arch, constants, types, 8))
     for compiled in built:
         assert compiled.spills == 0
         assert compiled.shared_bytes <= 48 * 1024
+
+
+@pytest.mark.parametrize("capacity", [None, 3])
+@pytest.mark.parametrize(("num_experts", "top_k"), [(8, 2), (128, 8), (257, 8)])
+@pytest.mark.parametrize("num_tokens", [1, 64, 1024, 16384])
+@pytest.mark.parametrize("arch", [80, 90])
+def test_given_choices(arch, num_tokens, num_experts, top_k, capacity):
+    with compiling_launches(arch) as launches:
+        placing.sort_routes(torch.empty(num_tokens, top_k, dtype=torch.int32, device="meta"), num_experts, capacity)
+    assert len(launches) == (1 if num_tokens * top_k <= placing.SINGLE_LAUNCH_ROUTES else 2)
+    for compiled in launches:
+        assert compiled.spills <= 4  # words, in one launch of 512 routes; none elsewhere
+        assert compiled.shared_bytes <= 48 * 1024
+        assert "atom.global" not in compiled.ptx, "counts are added up within a program alone"
 
 
 def test_few_tokens_take_one_launch():

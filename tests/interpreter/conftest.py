@@ -12,6 +12,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
     hardening.install_bf16()
     hardening.install_bounds()
+    hardening.install_xor()
 else:
     collect_ignore_glob = ["test_*.py"]
 

@@ -7,7 +7,7 @@ import torch
 
 from moe_gpu import reference
 from moe_gpu.config import RouterConfig
-from moe_gpu.triton_kernels import gather_scatter, routing
+from moe_gpu.triton_kernels import gather_scatter, placing, routing
 from tests.kernel_cases import ROUTERS, check_close, check_routing
 
 
@@ -90,14 +90,48 @@ def test_blocks_of_several_steps():
     check(logits, 1, capacity=2000)
 
 
+def check_sorted(ids, num_experts, capacity=None):
+    got = placing.sort_routes(ids, num_experts, capacity)
+    for value, truth in zip(got, reference.sort_routes_reference(ids, num_experts, capacity), strict=True):
+        assert torch.equal(value, truth)
+
+
 def test_an_expert_twice_in_a_token():
     ids = torch.tensor([[1, 1, 1], [0, 1, 0], [-1, 1, 7], [1, 2**31 - 1, -(2**31)]], dtype=torch.int32)
-    for repeats in (1, 300):
-        many = ids.repeat(repeats, 1)
+    for repeats in (1, 90):
         for capacity in (None, 2, 5):
-            got = routing.sort_routes(many, 2, capacity)
-            for value, truth in zip(got, reference.sort_routes_reference(many, 2, capacity), strict=True):
-                assert torch.equal(value, truth)
+            check_sorted(ids.repeat(repeats, 1), 2, capacity)
+
+
+@pytest.mark.parametrize("num_experts", [1, 5, 62, 63, 128, 257])
+@pytest.mark.parametrize("num_tokens", [0, 1, 16, 17, 512])
+def test_given_choices_are_sorted(num_tokens, num_experts):
+    """The widths around those at which the bins of wild ids need the next power of two."""
+    generator = torch.Generator().manual_seed(num_tokens)
+    ids = torch.randint(-1, num_experts + 1, (num_tokens, 2), generator=generator, dtype=torch.int32)
+    for capacity in (None, 40):
+        check_sorted(ids, num_experts, capacity)
+    check_sorted(torch.full_like(ids, num_experts - 1), num_experts, 1)
+    check_sorted(torch.full_like(ids, -1), num_experts)
+
+
+@pytest.mark.parametrize("num_experts", [5, 63])
+@pytest.mark.parametrize("capacity", [None, 40])
+def test_blocks_of_given_choices(num_experts, capacity):
+    """The last block is cut short."""
+    assert placing.RankBlocks.choose(1111, num_experts).count > 1
+    ids = torch.randint(-1, num_experts + 1, (1111, 1), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    check_sorted(ids, num_experts, capacity)
+
+
+def test_blocks_of_given_choices_take_several_steps(monkeypatch):
+    monkeypatch.setattr(placing, "RANKED_AT_ONCE", 32)
+    placing.RankBlocks.choose.cache_clear()
+    blocks = placing.RankBlocks.choose(1030, 9)
+    assert (blocks.count, blocks.routes, blocks.step) == (17, 64, 32)
+    ids = torch.randint(-1, 10, (1030, 1), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    check_sorted(ids, 9, 100)
+    placing.RankBlocks.choose.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
