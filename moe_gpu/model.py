@@ -12,7 +12,7 @@ from torch import nn
 from moe_gpu.config import MoEConfig, RouterConfig
 from moe_gpu.cuda_graph_manager import BatchScheduler, CUDAGraphManager
 from moe_gpu.energy_work import LayerWork
-from moe_gpu.expert_cache import ExpertCache, LayerCache
+from moe_gpu.expert_cache import ExpertCache, LayerCache, apply_around_weights
 from moe_gpu.layer_energy import LayerEnergy, feature_reason, work_of
 from moe_gpu.moe_layer import MoEBase, MoEStats
 from moe_gpu.profiler import ExpertProfiler
@@ -26,11 +26,27 @@ logger = logging.getLogger("moe_gpu")
 
 @dataclass(frozen=True)
 class Feature:
-    """One flag of AdvancedMoELayer: whether it is on, and why not where it was asked for and is not."""
+    """One flag of a layer: whether it is on, and why not where it was asked for and is not."""
 
     asked: bool
     active: bool
     reason: str
+
+
+def sm_budget_of(held: GPUSlice | None) -> int | None:
+    """The SMs that a slice's kernels keep to; None without a slice."""
+    return None if held is None else held.got_sms or held.asked_sms
+
+
+def slice_feature(held: GPUSlice, backend: str) -> Feature:
+    """What a held slice comes to where this backend serves."""
+    sms = sm_budget_of(held)
+    if backend != "triton":
+        return Feature(True, False, f"a slice of {sms} SMs is held; plain PyTorch serves and keeps to no budget")
+    kept = f"every product launches thread blocks for at most {sms} SMs"
+    if held.enforced:
+        return Feature(True, True, f"{kept}; the {held.backend} enforces it for calls inside manager.enter(...)")
+    return Feature(True, True, f"{kept}; nothing keeps other kernels off them")
 
 
 _ANNOUNCED: set[str] = set()
@@ -183,32 +199,16 @@ class AdvancedMoELayer(MoEBase):
         return {name: parameter for name, parameter in found.items() if parameter is not None}
 
     def _apply(self, fn, recurse=True):
+        apply = partial(super()._apply, fn, recurse)
         if self._hbm is None:
-            super()._apply(fn, recurse)
+            apply()
         else:
-            self._apply_around_experts(self._hbm, fn, recurse)
+            apply_around_weights(self, self._expert_parameters(), self._hbm, fn, apply)
         self._make_ops()
         return self
 
-    def _apply_around_experts(self, hbm: LayerCache, fn, recurse: bool) -> None:
-        """`_apply` that leaves the experts' weights in host memory and gives them the new dtype there."""
-        experts = self._expert_parameters()
-        probes = {name: fn(torch.empty(0, dtype=p.dtype, device=p.device)) for name, p in experts.items()}
-        if any(probe.device.type == "meta" for probe in probes.values()):
-            raise ValueError("a layer with an hbm_budget cannot go to the meta device; call set_hbm_budget(None) first")
-        hbm.cache.synchronize()
-        hbm.resize(sum(p[0].numel() * probes[name].element_size() for name, p in experts.items()))
-        try:
-            self._parameters.update(dict.fromkeys(experts))
-            super()._apply(fn, recurse)
-        finally:
-            self._parameters.update(experts)
-        for name, parameter in experts.items():
-            parameter.data = parameter.data.to(probes[name].dtype)
-
     def _make_ops(self) -> None:
-        budget = None if self.slice is None else self.slice.got_sms or self.slice.asked_sms
-        self.ops = TritonExpertOps(self.router_weight.device, self.use_triton, budget)
+        self.ops = TritonExpertOps(self.router_weight.device, self.use_triton, sm_budget_of(self.slice))
 
     def use_slice(self, held: GPUSlice | None) -> None:
         """Keep this layer's kernels to a slice's SMs from the next call on; None: to none.
@@ -241,7 +241,7 @@ class AdvancedMoELayer(MoEBase):
         )
         features["cuda_graphs"] = self._graphs_feature()
         held = self.slice
-        features["slices"] = self._without_slice if held is None else self._slice_feature(held, backend.name)
+        features["slices"] = self._without_slice if held is None else slice_feature(held, backend.name)
         features["energy"] = self._energy_feature()
         return features
 
@@ -282,16 +282,6 @@ class AdvancedMoELayer(MoEBase):
         if self._energy is None:
             return Feature(False, False, "enable_energy_monitoring=False")
         return Feature(True, *feature_reason(self.router_weight.device, self.gate_up_proj.dtype))
-
-    @staticmethod
-    def _slice_feature(held: GPUSlice, backend: str) -> Feature:
-        sms = held.got_sms or held.asked_sms
-        if backend != "triton":
-            return Feature(True, False, f"a slice of {sms} SMs is held; plain PyTorch serves and keeps to no budget")
-        kept = f"every product launches thread blocks for at most {sms} SMs"
-        if held.enforced:
-            return Feature(True, True, f"{kept}; the {held.backend} enforces it for calls inside manager.enter(...)")
-        return Feature(True, True, f"{kept}; nothing keeps other kernels off them")
 
     def get_performance_stats(self) -> dict[str, object]:
         """Features, the latest figures of a profiler and of a budget, and the GPU's energy since the last call of this.

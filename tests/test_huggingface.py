@@ -104,6 +104,18 @@ def test_static_cache_decodes_in_one_graph(name):
     assert profiler.counts_LE().sum(1).tolist() == [tokens * 2] * 2
 
 
+@pytest.mark.parametrize("name", sorted(FUSED))
+def test_what_is_fused_is_fused_in_a_trace_too(name, monkeypatch):
+    from moe_gpu.huggingface import forward
+
+    model = make_model(name)
+    enable(model)
+    monkeypatch.setattr(forward, "_experts_with_own_gate", lambda *_: 1 / 0)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(experts_of(model)[0], fullgraph=True, backend="eager")(*routes(experts_of(model)[0]))
+
+
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
 def test_a_training_step_traces_into_one_graph(name):
     model = make_model(name)
@@ -454,7 +466,9 @@ def test_the_report_names_every_module():
     assert row.layout == "E=8 H=32 I=24 float32, gate and up, swiglu"
     assert (row.backend, row.why_not, row.layer_index) == ("reference", None, 0)
     assert "on cpu" in row.how
-    assert json.loads(json.dumps(report.to_dict())) == {"covered": 1, "modules": [{**vars(row)}]}
+    features = {name: vars(feature) for name, feature in row.features.items()}
+    module = {**vars(row), "features": features}
+    assert json.loads(json.dumps(report.to_dict())) == {"covered": 1, "modules": [module]}
     lines = str(report).splitlines()
     assert lines[1].startswith("model.layers.1.mlp.experts  reference  E=8")
     assert lines[-1] == "1 of 1 modules with experts are served"

@@ -40,7 +40,7 @@ ALLOWED = {
     "layer_energy": LEAVES | MANAGERS | {"energy_work", "explain", "triton_kernels"},
     "moe_layer": LEAVES | {"profiler"},
     "model": LAYERS | {"layer_energy"},
-    "huggingface": LAYERS,
+    "huggingface": LAYERS | {"layer_energy"},
     "chrome_trace": LEAVES | {"profiler"},
     "live": LAYERS | {"huggingface"},
     "training": LAYERS | {"live"},
