@@ -816,6 +816,19 @@ def test_two_processes_of_transformers_parallelism_and_fsdp_agree_with_one():
     assert done.stdout.count(": right") == 4
 
 
+def test_the_benchmark_script_decodes_with_the_flags_too(tmp_path, monkeypatch):
+    from moe_gpu.results import BenchmarkRow, read_rows, select
+
+    script = runpy.run_path(str(ROOT / "benchmarks" / "run_huggingface.py"))
+    output = tmp_path / "rows.jsonl"
+    monkeypatch.setattr(sys, "argv", ["run_huggingface.py", "--quick", "--section", "decode", str(output)])
+    assert script["main"]() == 0
+    rows = {row.provider: row for row in select(read_rows(output), BenchmarkRow)}
+    assert all(row.status == "ok" and row.p50_ms > 0 for row in rows.values())
+    assert rows["moe_gpu_half_resident"].backend.endswith("active: expert_cache")
+    assert rows["moe_gpu_graphs"].backend.endswith("active: nothing")  # there is no GPU
+
+
 def test_the_benchmark_script_checks_what_it_times_and_runs_anywhere_when_quick(tmp_path, monkeypatch, capsys):
     from moe_gpu.results import BenchmarkRow, read_rows, select
 
@@ -837,7 +850,19 @@ def test_the_benchmark_script_checks_what_it_times_and_runs_anywhere_when_quick(
     assert "wrong" in capsys.readouterr().out
 
 
-def test_the_example_of_the_page_runs(capsys):
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "huggingface.md").read_text(), re.DOTALL)
-    exec(compile(block, "docs/huggingface.md", "exec"), {})
-    assert "2 of 2 modules with experts are served" in capsys.readouterr().out
+def test_the_examples_of_the_page_run_one_after_another(capsys):
+    page, names = (ROOT / "docs" / "huggingface.md").read_text(), {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(compile(block, "docs/huggingface.md", "exec"), names)
+    output = capsys.readouterr().out
+    for said in (
+        "2 of 2 modules with experts are served",
+        "'eager_calls': {'CUDA graphs need an NVIDIA GPU",
+        "energy is read from the NVIDIA driver, and the layer is on cpu",
+        "a slice of 32 SMs is held",
+        "4 of 8 experts have slots of",
+        "Counts(steps=",
+    ):
+        assert said in output, said
+    assert names["model"].config._experts_implementation == "grouped_mm"
+    assert all(parameter.requires_grad for parameter in names["model"].parameters())

@@ -92,16 +92,16 @@ class HostWeights:
     @classmethod
     def plan(cls, experts: Any, cache: ExpertCache) -> HostWeights:
         """A place for the module under the budget; the module does not change. Raises HbmBudgetError."""
-        earlier = cls.of(experts)
         weights = expert_parameters(experts)
-        if earlier is None:
-            device = weights["down_proj"].device
-            requires_grad = {name: weight.requires_grad for name, weight in weights.items()}
-        else:
-            device, requires_grad = earlier.device, earlier.requires_grad
-        expert_bytes = sum(weight[0].nbytes for weight in weights.values())
-        member = None if earlier is None else earlier.member
+        member, device = None, weights["down_proj"].device
+        requires_grad = {name: weight.requires_grad for name, weight in weights.items()}
+        earlier = cls.of(experts)
+        if earlier is not None:
+            requires_grad = earlier.requires_grad
+            if earlier.member is not None:
+                member, device = earlier.member, earlier.device
         if member is None or member.cache is not cache:
+            expert_bytes = sum(weight[0].nbytes for weight in weights.values())
             member = cache.register(weights["down_proj"].shape[0], expert_bytes)
         return cls(member, device, requires_grad)
 
@@ -127,6 +127,8 @@ def copies_on_host(modules: Sequence[Any], places: Sequence[HostWeights]) -> lis
 
     Raises HbmMemoryError where the host has not the memory.
     """
+    for place in places:
+        _cache_of(place).lane(place.device)  # from now on the cache can say whether host memory is pinned
     try:
         return [
             {name: _cache_of(place).to_host(p, place.device) for name, p in expert_parameters(experts).items()}
