@@ -412,7 +412,10 @@ def set_hbm_budget(model: nn.Module, hbm_budget: int | float | str | ExpertCache
     """
     layers = [module for module in model.modules() if isinstance(module, AdvancedMoELayer)]
     if not layers:
-        raise ValueError(f"hbm_budget={hbm_budget!r}: {type(model).__name__} has no AdvancedMoELayer to apply it to")
+        raise ValueError(
+            f"hbm_budget={hbm_budget!r}: {type(model).__name__} has no AdvancedMoELayer to apply it to; "
+            "a transformers model takes it by moe_gpu.enable(model, hbm_budget=...)"
+        )
     cache = hbm_budget if isinstance(hbm_budget, ExpertCache) else ExpertCache(hbm_budget)
     members = [_register(layer, cache) for layer in layers]
     for layer, member in zip(layers, members, strict=True):

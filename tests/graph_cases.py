@@ -1,4 +1,4 @@
-"""A capturer that needs no GPU."""
+"""A capturer that needs no GPU, and a module to call."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
+from moe_gpu.cuda_graph_manager import CUDAGraphManager
 from moe_gpu.cuda_graph_manager.capture import Captured, making_a_graph, map_tensors
 
 
@@ -61,3 +63,25 @@ class StandIn:
 
     def free(self) -> None:
         self.freed += 1
+
+
+class Doubling(nn.Module):
+    """Rows times a weight; counts its calls, which replays of a real graph would not make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(2.0))
+        self.seen: list[torch.Tensor] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen.append(x)
+        return x * self.weight
+
+
+def rows(count: int, width: int = 3) -> torch.Tensor:
+    return torch.randn(count, width)
+
+
+def facts(manager: CUDAGraphManager, *names: str) -> tuple[Any, ...]:
+    stats = manager.get_stats()
+    return tuple(stats[name] for name in names)

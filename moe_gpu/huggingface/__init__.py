@@ -101,9 +101,10 @@ def enable(
         cache.book()  # its profile must fit the model too
         on_host = copies_on_host(served, planned)
         places = list(planned)
-    if profiler is not None:
-        _attach_on_gpu(profiler, device_of(served[0]))
+    device = device_of(served[0])
     _detach(model, staying_on_host=served if hbm_budget is not None else ())
+    if profiler is not None:
+        _attach_on_gpu(profiler, device)
     shared = {id(module.config) for module in served}
     attachments = [Attachment(module.config, module.config._experts_implementation) for module in found.refused]
     readers: dict[torch.device, EnergyReader] = {}
