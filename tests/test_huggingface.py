@@ -24,7 +24,8 @@ from tests.test_imports import BLOCK
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("transformers.integrations.moe", reason="this transformers has no experts interface")
 
-from tests.huggingface_cases import (  # noqa: E402 they need transformers
+from moe_gpu.huggingface import features  # noqa: E402 they need transformers
+from tests.huggingface_cases import (  # noqa: E402
     FUSED,
     MODELS,
     VOCABULARY,
@@ -384,6 +385,8 @@ def test_parametrised_weights_are_read_once_a_forward_and_never_kept(name):
     assert len(enable(model).covered) == 2
     for adapter in adapters:
         adapter.reads = 0
+    features(model)  # asks for the stored weights alone, as `moe-gpu top` does from its thread
+    assert [adapter.reads for adapter in adapters] == [0] * 4
     check_outcome(run(model), expected)
     assert [adapter.reads for adapter in adapters] == [1] * 4
     with torch.no_grad():

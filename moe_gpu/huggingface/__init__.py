@@ -22,7 +22,7 @@ from moe_gpu.huggingface.flags import device_of, features, features_of, get_perf
 from moe_gpu.huggingface.forward import backend_of
 from moe_gpu.huggingface.host_weights import HostWeights, copies_on_host, put_back, why_not_from_slots
 from moe_gpu.huggingface.interface import NAME, register
-from moe_gpu.huggingface.layout import ATTACHMENT, FP8, Conventions, describe, in_interface, up_name, why_not
+from moe_gpu.huggingface.layout import ATTACHMENT, FP8, Conventions, describe, in_interface, stored, up_name, why_not
 from moe_gpu.layer_energy import EnergyReader, LayerEnergy
 from moe_gpu.profiler import ExpertProfiler
 
@@ -237,7 +237,7 @@ def _graphs_for(num_modules: int, use_cuda_graphs: bool | CUDAGraphManager) -> C
 def _why_no_graph(experts: Any) -> str | None:
     """What of a module's layout keeps it from graphs; None where nothing does."""
     for name in (up_name(experts), "down_proj"):
-        weight = getattr(experts, name)
+        weight = stored(experts, name)
         if hasattr(weight, "to_local"):
             return f"{name} is sharded: what its forward reads comes and goes"
         if weight.dtype == FP8:

@@ -12,7 +12,7 @@ from moe_gpu.expert_cache import ExpertCache, ExpertCacheStats
 from moe_gpu.huggingface.attachment import Attachment
 from moe_gpu.huggingface.forward import backend_of
 from moe_gpu.huggingface.interface import NAME, register
-from moe_gpu.huggingface.layout import ATTACHMENT, FP8, Conventions, Sizes, up_name
+from moe_gpu.huggingface.layout import ATTACHMENT, FP8, Conventions, Sizes, stored, up_name
 from moe_gpu.layer_energy import EnergyReader, LayerEnergyStats, feature_reason, meter_of
 from moe_gpu.model import Feature, slice_feature
 from moe_gpu.results import EnergyMeasurement
@@ -33,13 +33,13 @@ def device_of(experts: Any) -> torch.device:
     """Where a module computes: the device of its weights, or where they would be without a budget."""
     attachment = vars(experts).get(ATTACHMENT)
     host = None if attachment is None else attachment.host
-    return getattr(experts, up_name(experts)).device if host is None else host.device
+    return stored(experts, up_name(experts)).device if host is None else host.device
 
 
 def features_of(experts: Any) -> dict[str, Feature]:
     """What each flag of an enabled module came to, under the names of `AdvancedMoELayer.features`."""
     attachment: Attachment = vars(experts)[ATTACHMENT]
-    device, dtype = device_of(experts), getattr(experts, up_name(experts)).dtype
+    device, dtype = device_of(experts), stored(experts, up_name(experts)).dtype
     backend, hbm = backend_of(experts), attachment.hbm
     features = {
         "triton": Feature(True, backend.name == "triton", backend.reason),
@@ -138,7 +138,7 @@ def _energy(
 ) -> LayerEnergyStats | None:
     if attachment.energy is None:
         return None
-    activation, dtype = conventions.activation_of(experts), getattr(experts, up_name(experts)).dtype
+    activation, dtype = conventions.activation_of(experts), stored(experts, up_name(experts)).dtype
     reason = None
     if measurement is None:
         reason = meter_of(device)[1]

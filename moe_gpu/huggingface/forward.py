@@ -10,7 +10,7 @@ import torch
 
 from moe_gpu.huggingface.attachment import Attachment
 from moe_gpu.huggingface.host_weights import expert_weights
-from moe_gpu.huggingface.layout import ATTACHMENT, FP8, Conventions, compute_dtype, read_weights, up_name
+from moe_gpu.huggingface.layout import ATTACHMENT, FP8, Conventions, compute_dtype, read_weights, stored, up_name
 from moe_gpu.reference import ExpertWeights, Routing
 from moe_gpu.triton_kernels.ops import Backend, TritonExpertOps
 
@@ -35,7 +35,7 @@ def operations(device: torch.device, sm_budget: int | None = None) -> TritonExpe
 
 def backend_of(experts: Any) -> Backend:
     """What serves a module where its hidden states are, and why."""
-    attachment, up = vars(experts).get(ATTACHMENT), getattr(experts, up_name(experts))
+    attachment, up = vars(experts).get(ATTACHMENT), stored(experts, up_name(experts))
     host = None if attachment is None else attachment.host
     ops = operations(up.device if host is None else host.device)
     return ops.backend if up.dtype == FP8 else ops.backend_for(up.dtype)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from moe_gpu.config import ACTIVATIONS
 from moe_gpu.reference import ExpertWeights
@@ -62,6 +63,13 @@ def in_interface(module: Any) -> bool:
 
 def up_name(experts: Any) -> str:
     return "gate_up_proj" if experts.has_gate else "up_proj"
+
+
+def stored(experts: Any, name: str) -> torch.Tensor:
+    """A weight as it is stored, for its dtype and device: a parametrisation is not computed."""
+    if parametrize.is_parametrized(experts, name):
+        return next(experts.parametrizations[name].parameters())
+    return getattr(experts, name)
 
 
 def why_not(experts: Any) -> str | None:

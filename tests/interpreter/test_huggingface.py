@@ -95,3 +95,12 @@ def test_every_product_keeps_to_the_slice(name, monkeypatch):
     check_outcome(run(model), expected)
     assert len(budgets) >= 4
     assert set(budgets) == {1}
+
+
+def test_a_fused_training_step_traces_into_one_graph():
+    model = make_model("qwen3_moe", **SMALLER["qwen3_moe"])
+    enable(model)
+    expected = run(model)
+    torch._dynamo.reset()
+    model.forward = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+    check_outcome(run(model), expected)
