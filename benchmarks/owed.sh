@@ -6,7 +6,7 @@
 # decode     skewed routing in graphs beside vLLM and triton_kernels, if installed; repeats bit for bit
 # experts    training shapes beside SonicMoE, if installed (it compiles for minutes), and bmm; peak memory; SM budgets
 # layer      the whole layer beside its peers, eager launches among them
-# models     a transformers model beside grouped_mm and batched_mm
+# models     a transformers model beside grouped_mm and batched_mm, with graphs, and with half its experts resident
 # cache      the expert cache beside on-demand copies, LRU and resident weights
 # rows       load-aware tiles beside every single tile, the Gluon kernels and torch._grouped_mm
 # graphs     replays of a layer beside eager calls, a shared expert beside routed ones, experts divided among slices

@@ -3,8 +3,10 @@
 `python benchmarks/run_huggingface.py FILE.jsonl`: four layers with random weights, bf16, built from a configuration
 (nothing is downloaded), on one NVIDIA H200: a forward pass, a training step (forward and backward, no optimiser) and a
 decoding step on a static cache, eager and compiled (`reduce-overhead`, one graph), with `moe_gpu`, `grouped_mm`,
-`batched_mm` and `eager` in turn. The embedding and four decoder layers run, not the output head, which would outweigh
-four layers. `--quick` runs a tiny model anywhere, to try the script.
+`batched_mm` and `eager` in turn. The eager decoding step also runs on two copies of the model, enabled with
+`use_cuda_graphs` and with `hbm_budget="50%"`; its tokens change with every step, and random routing is the worst that
+an expert cache can meet. The embedding and four decoder layers run, not the output head, which would outweigh four
+layers. `--quick` runs a tiny model anywhere, to try the script.
 
 Before timing, every implementation passes two checks. On the inputs of the first experts module (64 tokens of them):
 output and gradients against float64, no further off than twice transformers' loop in bf16 plus one rounding. On the
@@ -22,7 +24,7 @@ import importlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,12 +40,18 @@ from moe_gpu.benchmark.check import Comparison, WrongOutputError
 from moe_gpu.benchmark.measure import Case
 from moe_gpu.benchmark.timing import Job, Timer, attempt
 from moe_gpu.config import PRESETS, MoEConfig
-from moe_gpu.huggingface import register
+from moe_gpu.cuda_graph_manager import CUDAGraphManager
+from moe_gpu.huggingface import enable, register
 from moe_gpu.results import BenchmarkRow, Row, describe_machine, select, write_rows
 
 MODEL = "qwen3-30b-a3b"
 OURS, LOOP, NOTHING = "moe_gpu", "eager", "moe_gpu_benchmark_zeros"
 IMPLEMENTATIONS = (OURS, "grouped_mm", "batched_mm", LOOP)
+# Arms of an enabled model, and the flags of `enable` that each has.
+FLAGGED: dict[str, Callable[[], dict[str, Any]]] = {
+    "moe_gpu_graphs": lambda: dict(use_cuda_graphs=CUDAGraphManager(min_calls=2, max_graphs=64)),
+    "moe_gpu_half_resident": lambda: dict(hbm_budget="50%"),
+}
 CHECKED_TOKENS = 64
 DTYPE = torch.bfloat16
 PROMPT = 128  # tokens in the cache before the decoding step
@@ -116,7 +124,14 @@ class Model:
         self.experts = [module for name, module in self.layers.named_modules() if name.endswith(".experts")]
 
     def choose(self, implementation: str) -> None:
-        self.layers.set_experts_implementation(implementation)
+        self.layers.set_experts_implementation(OURS if implementation in FLAGGED else implementation)
+
+    def flagged(self, arm: str) -> tuple[nn.Module, str]:
+        """A copy of the layers, enabled with the arm's flags, and in words what they came to."""
+        layers = copy.deepcopy(self.layers)
+        report = enable(layers, **FLAGGED[arm]())
+        active = [name for name, feature in report.covered[0].features.items() if feature.active]
+        return layers, f"active: {', '.join(active) or 'nothing'}"
 
     def ids(self, *shape: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(1)
@@ -175,14 +190,21 @@ class ExpertsCheck:
         """The output's comparison; WrongOutputError where it or a gradient is off."""
         self.model.choose(implementation)
         got = self._compute(self.model.experts[0], DTYPE)
-        results = {}
-        for name, truth in self.truth.items():
-            scale = truth.abs().max().item()
-            allowed = 2 * (self.loop[name].double() - truth).abs().max().item() + torch.finfo(DTYPE).eps * scale
-            results[name] = found = Comparison((got[name].double() - truth).abs().max().item(), allowed, scale)
-            if not (found.right and found.sensitive):
-                raise WrongOutputError(f"{name} is off by {found.max_error:.3g}, allowed {allowed:.3g} of {scale:.3g}")
-        return results["output"]
+        return {name: self._compare(name, got[name]) for name in self.truth}["output"]
+
+    def without_gradients(self, experts: nn.Module) -> Comparison:
+        """The same for the output alone, of other experts of the same weights."""
+        with torch.no_grad():
+            return self._compare("output", experts(*self.inputs))
+
+    def _compare(self, name: str, got: torch.Tensor) -> Comparison:
+        truth = self.truth[name]
+        scale = truth.abs().max().item()
+        allowed = 2 * (self.loop[name].double() - truth).abs().max().item() + torch.finfo(DTYPE).eps * scale
+        found = Comparison((got.double() - truth).abs().max().item(), allowed, scale)
+        if not (found.right and found.sensitive):
+            raise WrongOutputError(f"{name} is off by {found.max_error:.3g}, allowed {allowed:.3g} of {scale:.3g}")
+        return found
 
 
 class OutputCheck:
@@ -228,6 +250,7 @@ class Recorder:
         launch: str,
         build: Callable[[str], tuple[Job, dict[str, Any]]],
         unavailable: Mapping[str, str] = MappingProxyType({}),
+        arms: Sequence[str] = IMPLEMENTATIONS,
     ) -> None:
         """A row per implementation: `build` checks it and gives its job and what is known of it."""
         budget_s, scale = self.model.scale.budget_s, self.model.scale
@@ -235,7 +258,7 @@ class Recorder:
         known: dict[str, dict[str, Any]] = {}
         jobs: dict[str, Job] = {}
         counts: dict[str, int] = {}
-        for name in IMPLEMENTATIONS:
+        for name in arms:
             if name in unavailable:
                 known[name] = dict(status="unavailable", reason=unavailable[name])
                 continue
@@ -254,18 +277,18 @@ class Recorder:
         clock = None
         if self.model.device.type == "cuda":
             clock = nvml.sm_clock_mhz(f"GPU-{torch.cuda.get_device_properties(self.model.device).uuid}")
-        for name in IMPLEMENTATIONS:
+        for name in arms:
             facts = {"status": "ok", **known[name]}
             if name in failures:
                 facts = dict(status="failed", reason=failures[name])
             if name in samples:
                 facts.update(timing.describe_samples(samples[name]), sm_clock_mhz=clock)
                 facts["tokens_per_s"] = num_tokens / facts["p50_ms"] * 1e3
-            provider = name if name == OURS else f"transformers_{name}"
+            provider = name if name == OURS or name in FLAGGED else f"transformers_{name}"
             row = case.row(provider, facts.pop("status"), scope=f"{scale.layers} decoder layers", **facts)
             self.rows.append(row)
             shown = row.reason if row.p50_ms is None else f"{row.p50_ms:9.3f} ms"
-            print(f"{time.monotonic() - self.begin:6.1f} s  {case!s:60} {name:12} {shown}", flush=True)
+            print(f"{time.monotonic() - self.begin:6.1f} s  {case!s:60} {name:22} {shown}", flush=True)
         write_rows(self.path, self.rows)
 
     def _prepare(self, build: Callable[[str], tuple[Job, dict[str, Any]]], name: str) -> tuple[Job, dict, float]:
@@ -332,12 +355,12 @@ def forward(recorder: Recorder) -> None:
 
 
 class DecodeStep:
-    """One token of each of `batch` sequences on a static cache, again and again at the same position."""
+    """One token of each of `batch` sequences on a static cache, others in turn, at the same position."""
 
     def __init__(self, model: Model, batch: int) -> None:
         self.model, self.prompt = model, model.ids(batch, PROMPT)
         self.draws = model.ids(max(1, CHECKED_TOKENS // batch), batch, 1)
-        self.token = self.draws[0].clone()
+        self.token, self.turn = self.draws[0].clone(), 0
         self.positions = torch.full((batch, 1), PROMPT, device=model.device)
 
     def fill(self) -> Any:
@@ -354,6 +377,12 @@ class DecodeStep:
         for layer in cache.layers:
             layer.cumulative_length.fill_(PROMPT)
         torch.compiler.cudagraph_mark_step_begin()
+
+    def take_turn(self, cache: Any) -> None:
+        """Before a timed step: other tokens."""
+        self.turn = (self.turn + 1) % len(self.draws)
+        self.token.copy_(self.draws[self.turn])
+        self.rewind(cache)
 
     def run(self, layers: Callable[..., Any], cache: Any) -> torch.Tensor:
         with torch.no_grad():
@@ -381,15 +410,23 @@ def decode(recorder: Recorder, launch: str) -> None:
         torch._dynamo.reset()
 
         def build(name: str, step=step, experts=check_experts, output=check_output) -> tuple[Job, dict[str, Any]]:
-            checked = experts(name)
             model.choose(name)
-            cache = step.fill()
-            layers = model.layers if launch == "eager" else compiled(model)
+            cache, came_to = step.fill(), ""
+            if name in FLAGGED:
+                layers, came_to = model.flagged(name)
+                inner = [module for path, module in layers.named_modules() if path.endswith(".experts")]
+                checked = experts.without_gradients(inner[0])
+            else:
+                layers, checked = model.layers if launch == "eager" else compiled(model), experts(name)
             words = output(name, functools.partial(step.every_draw, layers, cache))
-            reset = functools.partial(step.rewind, cache)
+            words = f"{words}; {came_to}" if came_to else words
+            reset = functools.partial(step.take_turn, cache)
             return recorder.job(name, functools.partial(step.run, layers, cache), reset), facts_of(checked, words)
 
-        recorder.record(batch, "forward", launch, build, {LOOP: no_graph} if launch == "compiled" else {})
+        if launch == "compiled":
+            recorder.record(batch, "forward", launch, build, {LOOP: no_graph})
+        else:
+            recorder.record(batch, "forward", launch, build, arms=(*IMPLEMENTATIONS, *FLAGGED))
 
 
 def compiled(model: Model) -> Callable[..., Any]:

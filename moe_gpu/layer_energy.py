@@ -1,4 +1,4 @@
-"""What AdvancedMoELayer says of its energy: joules since it was last asked, and what each expert is modelled to take.
+"""What a layer says of its energy: joules since it was last asked, and what each expert is modelled to take.
 
 Nothing is read and no thread runs while the layer computes: the GPU's counter keeps counting by itself, and is read
 when the statistics are asked for. The joules are the whole GPU's, whatever else ran on it.
@@ -40,12 +40,41 @@ class LayerEnergyStats:
     reason: str | None
 
 
+class EnergyReader:
+    """The whole GPU's joules since it was last asked: a mark of plain numbers, so that its owner copies and pickles."""
+
+    def __init__(self) -> None:
+        self._mark: tuple[int, int] | None = None  # when, and the counter
+
+    def since(self, meter: Meter) -> EnergyMeasurement:
+        """What the counter counted since the last reading."""
+        begin, now = self._mark, None
+        common: dict[str, Any] = dict(run_id="layer", window="layer", duration_s=0.0, gpu_uuid=meter.uuid)
+        try:
+            now = (time.monotonic_ns(), meter.energy_mj())
+        except NvmlError as error:
+            return EnergyMeasurement(**common, reason=str(error))
+        self._mark = now
+        common.update(source="counter", scope=meter.scope, driver=meter.driver_version())
+        if begin is None:
+            return EnergyMeasurement(**common, reason="the first reading: there is energy from the next one on")
+        common["duration_s"] = seconds = (now[0] - begin[0]) / 1e9
+        joules = (now[1] - begin[1]) / 1000
+        if joules <= 0:
+            why = "went backwards" if joules < 0 else f"did not tick in {seconds:.3g} s"
+            return EnergyMeasurement(**common, reason=f"the energy counter {why}")
+        # Each end lies evenly somewhere in a tick.
+        stderr_j = joules / seconds * TICK_S * (2 / 12) ** 0.5
+        quality = "ok" if seconds >= SHORT_S else "short"
+        return EnergyMeasurement(**common, energy_j=joules, stderr_j=stderr_j, quality=quality)
+
+
 class LayerEnergy:
-    """One layer's marks: plain numbers, so that the layer copies and pickles as before."""
+    """One layer's calls and counts, for its experts' share; plain numbers too."""
 
     def __init__(self) -> None:
         self.calls = self.tokens = 0
-        self._mark: tuple[int, int] | None = None  # when, and the counter
+        self._reader = EnergyReader()
         self._counts: list[int] | None = None
 
     def note(self, num_tokens: int) -> None:
@@ -61,12 +90,16 @@ class LayerEnergy:
         profiler: ExpertProfiler | None,
         layer_index: int,
         sm_budget: int | None = None,
+        measurement: EnergyMeasurement | None = None,
     ) -> LayerEnergyStats:
-        """Joules since the last call of this; by expert where there are a profiler and a calibration. Never waits."""
+        """Joules since the last call of this; by expert where there are a profiler and a calibration. Never waits.
+
+        measurement: the joules, where they have just been read for several layers at once.
+        """
         meter, why = meter_of(device)
         if meter is None:
             return LayerEnergyStats(None, None, why)
-        measurement = self._since(meter)
+        measurement = measurement or self._reader.since(meter)
         counts_LE = None if profiler is None else profiler.counts_LE()
         counts = None if counts_LE is None else counts_LE[layer_index].tolist()
         before, self._counts = self._counts, counts
@@ -90,28 +123,6 @@ class LayerEnergy:
         except ValueError as error:
             return LayerEnergyStats(measurement, None, str(error))
         return LayerEnergyStats(measurement, report, None)
-
-    def _since(self, meter: Meter) -> EnergyMeasurement:
-        """What the counter counted since the last reading."""
-        begin, now = self._mark, None
-        common: dict[str, Any] = dict(run_id="layer", window="layer", duration_s=0.0, gpu_uuid=meter.uuid)
-        try:
-            now = (time.monotonic_ns(), meter.energy_mj())
-        except NvmlError as error:
-            return EnergyMeasurement(**common, reason=str(error))
-        self._mark = now
-        common.update(source="counter", scope=meter.scope, driver=meter.driver_version())
-        if begin is None:
-            return EnergyMeasurement(**common, reason="the first reading: there is energy from the next one on")
-        common["duration_s"] = seconds = (now[0] - begin[0]) / 1e9
-        joules = (now[1] - begin[1]) / 1000
-        if joules <= 0:
-            why = "went backwards" if joules < 0 else f"did not tick in {seconds:.3g} s"
-            return EnergyMeasurement(**common, reason=f"the energy counter {why}")
-        # Each end lies evenly somewhere in a tick.
-        stderr_j = joules / seconds * TICK_S * (2 / 12) ** 0.5
-        quality = "ok" if seconds >= SHORT_S else "short"
-        return EnergyMeasurement(**common, energy_j=joules, stderr_j=stderr_j, quality=quality)
 
 
 def meter_of(device: torch.device) -> tuple[Meter | None, str]:

@@ -12,7 +12,7 @@ from torch import nn
 from moe_gpu.config import MoEConfig, RouterConfig
 from moe_gpu.cuda_graph_manager import BatchScheduler, CUDAGraphManager
 from moe_gpu.energy_work import LayerWork
-from moe_gpu.expert_cache import ExpertCache, LayerCache
+from moe_gpu.expert_cache import ExpertCache, LayerCache, apply_around_weights
 from moe_gpu.expert_slices import ExpertSlices, equal_groups
 from moe_gpu.gpu_slice_manager import AdvancedGPUSliceManager
 from moe_gpu.layer_energy import LayerEnergy, feature_reason, work_of
@@ -28,11 +28,27 @@ logger = logging.getLogger("moe_gpu")
 
 @dataclass(frozen=True)
 class Feature:
-    """One flag of AdvancedMoELayer: whether it is on, and why not where it was asked for and is not."""
+    """One flag of a layer: whether it is on, and why not where it was asked for and is not."""
 
     asked: bool
     active: bool
     reason: str
+
+
+def sm_budget_of(held: GPUSlice | None) -> int | None:
+    """The SMs that a slice's kernels keep to; None without a slice."""
+    return None if held is None else held.got_sms or held.asked_sms
+
+
+def slice_feature(held: GPUSlice, backend: str) -> Feature:
+    """What a held slice comes to where this backend serves."""
+    sms = sm_budget_of(held)
+    if backend != "triton":
+        return Feature(True, False, f"a slice of {sms} SMs is held; plain PyTorch serves and keeps to no budget")
+    kept = f"every product launches thread blocks for at most {sms} SMs"
+    if held.enforced:
+        return Feature(True, True, f"{kept}; the {held.backend} enforces it for calls inside manager.enter(...)")
+    return Feature(True, True, f"{kept}; nothing keeps other kernels off them")
 
 
 _ANNOUNCED: set[str] = set()
@@ -181,32 +197,16 @@ class AdvancedMoELayer(MoEBase):
         return {name: parameter for name, parameter in found.items() if parameter is not None}
 
     def _apply(self, fn, recurse=True):
+        apply = partial(super()._apply, fn, recurse)
         if self._hbm is None:
-            super()._apply(fn, recurse)
+            apply()
         else:
-            self._apply_around_experts(self._hbm, fn, recurse)
+            apply_around_weights(self, self._expert_parameters(), self._hbm, fn, apply)
         self._make_ops()
         return self
 
-    def _apply_around_experts(self, hbm: LayerCache, fn, recurse: bool) -> None:
-        """`_apply` that leaves the experts' weights in host memory and gives them the new dtype there."""
-        experts = self._expert_parameters()
-        probes = {name: fn(torch.empty(0, dtype=p.dtype, device=p.device)) for name, p in experts.items()}
-        if any(probe.device.type == "meta" for probe in probes.values()):
-            raise ValueError("a layer with an hbm_budget cannot go to the meta device; call set_hbm_budget(None) first")
-        hbm.cache.synchronize()
-        hbm.resize(sum(p[0].numel() * probes[name].element_size() for name, p in experts.items()))
-        try:
-            self._parameters.update(dict.fromkeys(experts))
-            super()._apply(fn, recurse)
-        finally:
-            self._parameters.update(experts)
-        for name, parameter in experts.items():
-            parameter.data = parameter.data.to(probes[name].dtype)
-
     def _make_ops(self) -> None:
-        budget = None if self.slice is None else self.slice.got_sms or self.slice.asked_sms
-        self.ops = TritonExpertOps(self.router_weight.device, self.use_triton, budget)
+        self.ops = TritonExpertOps(self.router_weight.device, self.use_triton, sm_budget_of(self.slice))
 
     def use_slice(self, held: GPUSlice | None) -> None:
         """Keep this layer's kernels to a slice's SMs from the next call on; None: to none.
@@ -299,7 +299,7 @@ class AdvancedMoELayer(MoEBase):
     def _slices_feature(self) -> Feature:
         dtype = self.gate_up_proj.dtype
         if self.slice is not None:
-            return self._slice_feature(self.slice, self.ops.backend_for(dtype).name)
+            return slice_feature(self.slice, self.ops.backend_for(dtype).name)
         if self.divided is None:
             return Feature(
                 self._total_slices > 1,
@@ -314,16 +314,6 @@ class AdvancedMoELayer(MoEBase):
         if reason is None and device.type != "cuda":
             reason = f"{self.divided}, in turn: nothing is enforced on {device}"
         return Feature(True, reason is None, reason or f"{self.divided}, in calls without gradients")
-
-    @staticmethod
-    def _slice_feature(held: GPUSlice, backend: str) -> Feature:
-        sms = held.got_sms or held.asked_sms
-        if backend != "triton":
-            return Feature(True, False, f"a slice of {sms} SMs is held; plain PyTorch serves and keeps to no budget")
-        kept = f"every product launches thread blocks for at most {sms} SMs"
-        if held.enforced:
-            return Feature(True, True, f"{kept}; the {held.backend} enforces it for calls inside manager.enter(...)")
-        return Feature(True, True, f"{kept}; nothing keeps other kernels off them")
 
     def get_performance_stats(self) -> dict[str, object]:
         """Features, the latest figures of a profiler and of a budget, and the GPU's energy since the last call of this.
@@ -462,7 +452,10 @@ def set_hbm_budget(model: nn.Module, hbm_budget: int | float | str | ExpertCache
     """
     layers = [module for module in model.modules() if isinstance(module, AdvancedMoELayer)]
     if not layers:
-        raise ValueError(f"hbm_budget={hbm_budget!r}: {type(model).__name__} has no AdvancedMoELayer to apply it to")
+        raise ValueError(
+            f"hbm_budget={hbm_budget!r}: {type(model).__name__} has no AdvancedMoELayer to apply it to; "
+            "a transformers model takes it by moe_gpu.enable(model, hbm_budget=...)"
+        )
     cache = hbm_budget if isinstance(hbm_budget, ExpertCache) else ExpertCache(hbm_budget)
     members = [_register(layer, cache) for layer in layers]
     for layer, member in zip(layers, members, strict=True):

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from moe_gpu.huggingface import register
+from moe_gpu.huggingface.attachment import Attachment
+from moe_gpu.huggingface.layout import ATTACHMENT
 from tests.kernel_cases import check_close
 
 VOCABULARY = 96
@@ -101,6 +103,21 @@ def make_model(name: str, device: str = "cpu", std: float = 0.2, **changes: Any)
 
 def experts_of(model: nn.Module) -> list[nn.Module]:
     return [module for name, module in model.named_modules() if name.endswith(".experts")]
+
+
+def attachment_of(experts: nn.Module) -> Attachment:
+    return vars(experts)[ATTACHMENT]
+
+
+def state_of(model: nn.Module) -> object:
+    """What a refusal and `disable` must leave as it was."""
+    parameters = [(name, p.data_ptr(), p.device, p.requires_grad) for name, p in model.named_parameters()]
+    modules = [(name, sorted(vars(m)), len(m._load_state_dict_pre_hooks)) for name, m in model.named_modules()]
+    return parameters, modules, [(m.config, m.config._experts_implementation) for m in experts_of(model)]
+
+
+def expert_bytes(model: nn.Module) -> int:
+    return sum(parameter[0].nbytes for parameter in experts_of(model)[0].parameters())
 
 
 def prompt(device: str = "cpu") -> torch.Tensor:

@@ -108,7 +108,7 @@ def run_opcheck(device: str) -> None:
         operators.experts.default: (x, routing_weights, problem.ids_TK, *rows, *stacked, "swiglu", None, True, False),
         operators.permute.default: (x, *rows),
         operators.combine.default: (y, routing_weights, *rows),
-        operators.grouped_gemm.default: (y, w, bias, routing.offsets_P),
+        operators.grouped_gemm.default: (y, w, bias, routing.offsets_P, None),
         operators.count_load.default: (torch.zeros(load_state_size(3), dtype=torch.int64, device=device), demand),
     }
     for operator, arguments in checks.items():

@@ -23,61 +23,9 @@ from moe_gpu.cuda_graph_manager.manager import FAILED, TOO_FEW
 from moe_gpu.cuda_graph_manager.packing import LARGEST_BYTES
 from moe_gpu.model import AdvancedMoELayer
 from moe_gpu.profiler import ExpertProfiler
+from tests.graph_cases import Doubling, StandIn, facts, rows
 
 SIZES = dict(input_dim=12, expert_dim=12, hidden_dim=8, num_experts=5, top_k=2)
-
-
-class StandIn:
-    """Captures by calling: a replay calls again and overwrites the tensors of the first output, as a graph does.
-
-    untouched: tensors that a call writes besides its output; a real capture runs nothing, so they are put back.
-    """
-
-    def __init__(self) -> None:
-        self.fail_rehearsal: Exception | None = None
-        self.fail_capture: Exception | None = None
-        self.memory_bytes = 1000
-        self.streams = 0
-        self.capturing = False
-        self.released = self.freed = 0
-        self.untouched: list[torch.Tensor] = []
-
-    def why_not(self, device: torch.device) -> str | None:
-        return "inside another capture" if self.capturing else None
-
-    def stream(self, device: torch.device) -> int:
-        return self.streams
-
-    def rehearse(self, run: Callable[[], Any], device: torch.device) -> Any:
-        assert making_a_graph()
-        if self.fail_rehearsal is not None:
-            raise self.fail_rehearsal
-        return run()
-
-    def capture(self, run: Callable[[], Any], device: torch.device) -> Captured:
-        assert making_a_graph()
-        if self.fail_capture is not None:
-            raise self.fail_capture
-        before = [tensor.clone() for tensor in self.untouched]
-        output = map_tensors(run(), torch.clone)
-        for tensor, value in zip(self.untouched, before, strict=True):
-            tensor.copy_(value)
-
-        def replay() -> None:
-            new: list[torch.Tensor] = []
-            map_tensors(run(), lambda tensor: new.append(tensor) or tensor)
-            old: list[torch.Tensor] = []
-            map_tensors(output, lambda tensor: old.append(tensor) or tensor)
-            for target, source in zip(old, new, strict=True):
-                target.copy_(source)
-
-        def release() -> None:
-            self.released += 1
-
-        return Captured(replay, release, output, self.memory_bytes)
-
-    def free(self) -> None:
-        self.freed += 1
 
 
 @pytest.fixture(autouse=True)
@@ -96,37 +44,15 @@ def manager(stand_in):
     return CUDAGraphManager(min_calls=2, buckets=(1, 4, 8), max_graphs=3, capturer=stand_in)
 
 
-class Doubling(nn.Module):
-    """Rows times a weight; counts its calls, which replays of a real graph would not make."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.tensor(2.0))
-        self.seen: list[torch.Tensor] = []
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.seen.append(x)
-        return x * self.weight
-
-
 @pytest.fixture
 def module():
     return Doubling().eval()
-
-
-def rows(count: int, width: int = 3) -> torch.Tensor:
-    return torch.randn(count, width)
 
 
 def call(served: Callable[[torch.Tensor], Any], count: int, times: int) -> None:
     for _ in range(times):
         x = rows(count)
         assert torch.equal(served(x), x * 2)
-
-
-def facts(manager: CUDAGraphManager, *names: str) -> tuple[Any, ...]:
-    stats = manager.get_stats()
-    return tuple(stats[name] for name in names)
 
 
 def test_a_shape_is_captured_once_min_calls_calls_were_made(module, stand_in):

@@ -24,7 +24,8 @@ from tests.test_imports import BLOCK
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("transformers.integrations.moe", reason="this transformers has no experts interface")
 
-from tests.huggingface_cases import (  # noqa: E402 they need transformers
+from moe_gpu.huggingface import features  # noqa: E402 they need transformers
+from tests.huggingface_cases import (  # noqa: E402
     FUSED,
     MODELS,
     VOCABULARY,
@@ -102,6 +103,18 @@ def test_static_cache_decodes_in_one_graph(name):
     profiler.flush()
     tokens = 2 * 9 + 2 * 4  # the prompt, then one token a sequence and step but the last
     assert profiler.counts_LE().sum(1).tolist() == [tokens * 2] * 2
+
+
+@pytest.mark.parametrize("name", sorted(FUSED))
+def test_what_is_fused_is_fused_in_a_trace_too(name, monkeypatch):
+    from moe_gpu.huggingface import forward
+
+    model = make_model(name)
+    enable(model)
+    monkeypatch.setattr(forward, "_experts_with_own_gate", lambda *_: 1 / 0)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(experts_of(model)[0], fullgraph=True, backend="eager")(*routes(experts_of(model)[0]))
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
@@ -372,6 +385,8 @@ def test_parametrised_weights_are_read_once_a_forward_and_never_kept(name):
     assert len(enable(model).covered) == 2
     for adapter in adapters:
         adapter.reads = 0
+    features(model)  # asks for the stored weights alone, as `moe-gpu top` does from its thread
+    assert [adapter.reads for adapter in adapters] == [0] * 4
     check_outcome(run(model), expected)
     assert [adapter.reads for adapter in adapters] == [1] * 4
     with torch.no_grad():
@@ -454,7 +469,9 @@ def test_the_report_names_every_module():
     assert row.layout == "E=8 H=32 I=24 float32, gate and up, swiglu"
     assert (row.backend, row.why_not, row.layer_index) == ("reference", None, 0)
     assert "on cpu" in row.how
-    assert json.loads(json.dumps(report.to_dict())) == {"covered": 1, "modules": [{**vars(row)}]}
+    features = {name: vars(feature) for name, feature in row.features.items()}
+    module = {**vars(row), "features": features}
+    assert json.loads(json.dumps(report.to_dict())) == {"covered": 1, "modules": [module]}
     lines = str(report).splitlines()
     assert lines[1].startswith("model.layers.1.mlp.experts  reference  E=8")
     assert lines[-1] == "1 of 1 modules with experts are served"
@@ -802,6 +819,19 @@ def test_two_processes_of_transformers_parallelism_and_fsdp_agree_with_one():
     assert done.stdout.count(": right") == 4
 
 
+def test_the_benchmark_script_decodes_with_the_flags_too(tmp_path, monkeypatch):
+    from moe_gpu.results import BenchmarkRow, read_rows, select
+
+    script = runpy.run_path(str(ROOT / "benchmarks" / "run_huggingface.py"))
+    output = tmp_path / "rows.jsonl"
+    monkeypatch.setattr(sys, "argv", ["run_huggingface.py", "--quick", "--section", "decode", str(output)])
+    assert script["main"]() == 0
+    rows = {row.provider: row for row in select(read_rows(output), BenchmarkRow)}
+    assert all(row.status == "ok" and row.p50_ms > 0 for row in rows.values())
+    assert rows["moe_gpu_half_resident"].backend.endswith("active: expert_cache")
+    assert rows["moe_gpu_graphs"].backend.endswith("active: nothing")  # there is no GPU
+
+
 def test_the_benchmark_script_checks_what_it_times_and_runs_anywhere_when_quick(tmp_path, monkeypatch, capsys):
     from moe_gpu.results import BenchmarkRow, read_rows, select
 
@@ -823,7 +853,19 @@ def test_the_benchmark_script_checks_what_it_times_and_runs_anywhere_when_quick(
     assert "wrong" in capsys.readouterr().out
 
 
-def test_the_example_of_the_page_runs(capsys):
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "huggingface.md").read_text(), re.DOTALL)
-    exec(compile(block, "docs/huggingface.md", "exec"), {})
-    assert "2 of 2 modules with experts are served" in capsys.readouterr().out
+def test_the_examples_of_the_page_run_one_after_another(capsys):
+    page, names = (ROOT / "docs" / "huggingface.md").read_text(), {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(compile(block, "docs/huggingface.md", "exec"), names)
+    output = capsys.readouterr().out
+    for said in (
+        "2 of 2 modules with experts are served",
+        "'eager_calls': {'CUDA graphs need an NVIDIA GPU",
+        "energy is read from the NVIDIA driver, and the layer is on cpu",
+        "a slice of 32 SMs is held",
+        "4 of 8 experts have slots of",
+        "Counts(steps=",
+    ):
+        assert said in output, said
+    assert names["model"].config._experts_implementation == "grouped_mm"
+    assert all(parameter.requires_grad for parameter in names["model"].parameters())

@@ -42,7 +42,7 @@ ALLOWED = {
     "moe_layer": LEAVES | {"profiler"},
     "expert_slices": LEAVES | {"slices", "gpu_slice_manager", "triton_kernels"},
     "model": LAYERS | {"layer_energy"},
-    "huggingface": LAYERS,
+    "huggingface": LAYERS | {"layer_energy"},
     "chrome_trace": LEAVES | {"profiler"},
     "live": LAYERS | {"huggingface"},
     "training": LAYERS | {"live"},

@@ -31,6 +31,7 @@ from moe_gpu.live.status import (
     read_status,
 )
 from moe_gpu.nvml import SLOWED, GpuLostError, NotSupportedError, Sample
+from moe_gpu.slices.plan import GPUSlice
 from tests.energy_cases import with_fake_nvml
 from tests.training_cases import ROOT
 
@@ -207,6 +208,31 @@ def test_a_transformers_model_is_published():
         layers = publisher.status.layers
     assert tokens_of(layers) == 6
     assert [layer.name for layer in layers] == [row.module for row in served]
+
+
+def test_the_flags_of_a_transformers_model_are_published():
+    pytest.importorskip("transformers.integrations.moe", reason="transformers has no experts interface here")
+    import moe_gpu
+    from moe_gpu.huggingface import use_slice
+    from tests import huggingface_cases
+
+    model = huggingface_cases.make_model("qwen3_moe")
+    moe_gpu.enable(model, use_cuda_graphs=True, hbm_budget="50%")
+    use_slice(model, GPUSlice(0, 0, 24, "cta", got_sms=24))
+    with torch.no_grad():
+        model(torch.arange(6)[None])
+    with publish(model) as publisher:
+        status = publisher.status
+        assert (status.graphs.replays, status.graphs.eager_calls) == (0, 2)
+        assert [(item.holder, item.got_sms) for item in status.slices] == [
+            (f"model.layers.{layer}.mlp.experts", 24) for layer in range(2)
+        ]
+        assert status.expert_cache.misses > 0
+        assert status.expert_cache.used_bytes > 0
+        assert [layer.backend for layer in status.layers] == ["reference"] * 2
+        moe_gpu.disable(model)
+        status = publisher._look()
+        assert (status.graphs, status.slices, status.expert_cache) == (None, None, None)
 
 
 def test_a_function_of_the_job_that_fails_is_left_out_and_warned_of_once(caplog):

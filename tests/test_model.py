@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from moe_gpu import reference
 from moe_gpu.config import MoEConfig, RouterConfig
-from moe_gpu.model import _ANNOUNCED, AdvancedMoELayer, SliceAllocationPolicy
+from moe_gpu.model import _ANNOUNCED, AdvancedMoELayer, SliceAllocationPolicy, slice_feature
 from moe_gpu.moe_layer import Expert, MoELayer
 from moe_gpu.profiler import ExpertProfiler
 from moe_gpu.slices.plan import GPUSlice
@@ -343,10 +343,10 @@ def test_a_slice_is_said_to_do_only_what_it_does():
     assert layer.ops.sm_budget == 32
     layer.to(torch.float64)
     assert layer.ops.sm_budget == 32, "a move keeps the slice"
-    green = AdvancedMoELayer._slice_feature(GPUSlice(0, 3, 32, "green_context", 0, 32, True), "triton")
+    green = slice_feature(GPUSlice(0, 3, 32, "green_context", 0, 32, True), "triton")
     assert green.active
     assert "the green_context enforces it" in green.reason
-    budget = AdvancedMoELayer._slice_feature(GPUSlice(0, 3, 32, "cta", got_sms=32), "triton")
+    budget = slice_feature(GPUSlice(0, 3, 32, "cta", got_sms=32), "triton")
     assert "nothing keeps other kernels off them" in budget.reason
     layer.use_slice(None)
     assert layer.ops.sm_budget is None

@@ -35,11 +35,13 @@ FAILED = "a graph of this shape failed before"
 
 _OWNERS = itertools.count()
 
+Inputs = tuple[torch.Tensor, ...]  # of one call, a row of each for every token
+
 
 class Survey(NamedTuple):
     """What a graph of some modules and tensors depends on besides its input, as of this call.
 
-    facts: what modules with `graph_facts()` say of themselves; aware: those modules, in the same order.
+    facts: what modules, and other objects, with `graph_facts()` say of themselves; aware: those, in the same order.
     """
 
     training: bool
@@ -48,7 +50,7 @@ class Survey(NamedTuple):
     aware: tuple[Any, ...]
 
     @classmethod
-    def of(cls, watch: Sequence[nn.Module | torch.Tensor]) -> Survey:
+    def of(cls, watch: Sequence[Any]) -> Survey:
         training, addresses, facts, aware = False, [], [], []
         pending: list[Any] = list(watch)
         while pending:
@@ -56,18 +58,18 @@ class Survey(NamedTuple):
             if isinstance(item, torch.Tensor):
                 addresses.append(item.data_ptr())
                 continue
-            own = (
-                item.__dict__
-            )  # a module's attributes are several times slower to ask for, and this runs in every call
-            training = training or own["training"]
             addresses.append(id(item))  # one without weights may have been replaced too
+            if hasattr(type(item), "graph_facts"):
+                facts.append(item.graph_facts())
+                aware.append(item)
+            own = item.__dict__  # a module's attributes are several times slower to ask for: this runs in every call
+            if "_parameters" not in own:
+                continue  # no module, but what speaks for one
+            training = training or own["training"]
             for tensors in (own["_parameters"], own["_buffers"]):
                 for tensor in tensors.values() if tensors else ():
                     if tensor is not None:
                         addresses.append(tensor.data_ptr())
-            if hasattr(type(item), "graph_facts"):
-                facts.append(item.graph_facts())
-                aware.append(item)
             for child in own["_modules"].values() if own["_modules"] else ():
                 if child is not None:
                     pending.append(child)
@@ -83,15 +85,14 @@ class Survey(NamedTuple):
 
 
 class GraphKey(NamedTuple):
-    """What one graph serves. stream: the stream it belongs to, and with it the slice.
+    """What one graph serves. inputs: shape of a row and dtype of each. stream: that it belongs to, and so the slice.
 
     A tuple, as `Survey` is: both are made anew in every call.
     """
 
     owner: int
     rows: int
-    row_shape: tuple[int, ...]
-    dtype: torch.dtype
+    inputs: tuple[tuple[torch.Size, torch.dtype], ...]
     device: torch.device
     stream: int
     facts: tuple[Hashable, ...]
@@ -99,27 +100,28 @@ class GraphKey(NamedTuple):
 
 @dataclass
 class _Graph:
-    """A captured call with its static input: rows from `padded_from` on are padding.
+    """A captured call with its static inputs: rows from `padded_from` on are padding.
 
     captured.output is Packed where results are the caller's to keep.
     """
 
     captured: Captured
-    static_x: torch.Tensor
+    static: Inputs
     addresses: tuple[int, ...]
     padded_from: int
     unpaddable: str | None
 
     @property
     def memory_bytes(self) -> int:
-        return self.captured.memory_bytes + self.static_x.nbytes
+        return self.captured.memory_bytes + sum(x.nbytes for x in self.static)
 
-    def run(self, x: torch.Tensor) -> Any:
+    def run(self, inputs: Inputs) -> Any:
         """The results of every row of the bucket."""
-        rows = x.shape[0]
-        self.static_x[:rows].copy_(x)
-        if rows < self.padded_from:
-            self.static_x[rows : self.padded_from].fill_(float("nan"))
+        rows = inputs[0].shape[0]
+        for static_x, x in zip(self.static, inputs, strict=True):
+            static_x[:rows].copy_(x)
+            if rows < self.padded_from:
+                _mark_as_padding(static_x[rows : self.padded_from])
         self.padded_from = rows
         self.captured.replay()
         output = self.captured.output
@@ -127,7 +129,7 @@ class _Graph:
 
 
 class CUDAGraphManager:
-    """Replays calls of one tensor as CUDA graphs, once `min_calls` calls of a shape were made; else calls as before.
+    """Replays calls as CUDA graphs, once `min_calls` calls of a shape were made; else calls as before.
 
     A call of x (rows first) is served by the smallest bucket with room. The rows between are NaN: the layers of this
     package route those nowhere, so that they read no weights and are counted nowhere. A callable must treat each row by
@@ -211,18 +213,26 @@ class CUDAGraphManager:
         """A number that tells one callable's graphs from another's, for `call`."""
         return next(_OWNERS)
 
-    def call(self, function: Callable[[torch.Tensor], Any], x: torch.Tensor, watch: Sequence[Any], owner: int) -> Any:
-        """`function(x)`, replayed where it can be: what `wrap` does, for an `owner` that must not be kept alive."""
+    def call(
+        self, function: Callable[..., Any], inputs: torch.Tensor | Inputs, watch: Sequence[Any], owner: int
+    ) -> Any:
+        """`function(x)`, replayed where it can be: what `wrap` does, for an `owner` that must not be kept alive.
+
+        inputs: x, or several tensors of as many rows for `function(*inputs)`, the first of them floats. Integers beside
+        it are padded by -1: ids of no expert. watch may also hold objects with what the manager asks of a module.
+        """
+        inputs = (inputs,) if isinstance(inputs, torch.Tensor) else inputs
         if torch.compiler.is_compiling():
-            return function(x)
-        reason = self._why_eager(x)
+            return function(*inputs)
+        x = inputs[0]
+        reason = self._why_eager(inputs)
         if reason is None:
             found = Survey.of(watch)
             rows = self.buckets[bisect_left(self.buckets, x.shape[0])]
             padded = x.shape[0] < rows
             if found.training:
                 reason = "in training mode: call .eval()"
-            elif padded and not x.is_floating_point():
+            elif padded and not x.is_floating_point():  # in the first input padding must show, whatever the others hold
                 reason = f"rows of {x.dtype} cannot be marked as padding"
             elif padded and owner in self._unpaddable:
                 reason = self._unpaddable[owner]
@@ -230,26 +240,31 @@ class CUDAGraphManager:
                 reason = found.conflict(padded)
         if reason is None:
             stream = self._capturer.stream(x.device)
-            key = GraphKey(owner, rows, tuple(x.shape[1:]), x.dtype, x.device, stream, found.facts)
+            rows_of = tuple([(each.shape[1:], each.dtype) for each in inputs])
+            key = GraphKey(owner, rows, rows_of, x.device, stream, found.facts)
             with self._lock:
                 graph = self._find(key, found.addresses)
                 if graph is not None and not (padded and graph.unpaddable):
-                    return self._replay(graph, x, found)
+                    return self._replay(graph, inputs, found)
                 reason = self._why_not_yet(key) if graph is None else graph.unpaddable
                 if reason is None:
-                    return self._begin(key, function, x, found)
+                    return self._begin(key, function, inputs, found)
         with self._lock:
             self._eager_calls[reason] += 1
-        return function(x)
+        return function(*inputs)
 
-    def _why_eager(self, x: torch.Tensor) -> str | None:
+    def _why_eager(self, inputs: Inputs) -> str | None:
         """What of a call, whatever is called, keeps it from graphs."""
+        x = inputs[0]
         if making_a_graph():
             return "part of another graph"
         if torch.is_grad_enabled():
             return "gradients are enabled: call under torch.no_grad()"
         if x.dim() < 2 or x.shape[0] == 0:
             return "no rows"
+        for other in inputs[1:]:
+            if other.dim() < 1 or other.shape[0] != x.shape[0] or other.device != x.device:
+                return "inputs of unlike rows or devices"
         if x.shape[0] > self.buckets[-1]:
             return "more rows than the largest bucket"
         if torch.is_autocast_enabled(x.device.type):
@@ -275,10 +290,10 @@ class CUDAGraphManager:
         _remember(self._calls, key, calls)
         return TOO_FEW if calls < self.min_calls else None
 
-    def _replay(self, graph: _Graph, x: torch.Tensor, found: Survey) -> Any:
-        output = graph.run(x)
+    def _replay(self, graph: _Graph, inputs: Inputs, found: Survey) -> Any:
+        output = graph.run(inputs)
         self._hits += 1
-        return self._without_padding(output, graph.static_x.shape[0], x.shape[0], found)
+        return self._without_padding(output, graph.static[0].shape[0], inputs[0].shape[0], found)
 
     @staticmethod
     def _without_padding(output: Any, rows: int, keep: int, found: Survey) -> Any:
@@ -289,58 +304,62 @@ class CUDAGraphManager:
             module.discount_padding(rows - keep)
         return output
 
-    def _begin(self, key: GraphKey, function: Callable[[torch.Tensor], Any], x: torch.Tensor, found: Survey) -> Any:
-        """Serve this call from the static input, as a rehearsal, then capture; what fails is served as it came."""
+    def _begin(self, key: GraphKey, function: Callable[..., Any], inputs: Inputs, found: Survey) -> Any:
+        """Serve this call from the static inputs, as a rehearsal, then capture; what fails is served as it came."""
         del self._calls[key]
         try:
-            static_x, results = self._rehearse(key, function, x, found)
+            static, results = self._rehearse(key, function, inputs, found)
         except CaptureError as error:
             reason = self._unpaddable[key.owner] = str(error)
         except Exception as error:  # noqa: BLE001 a callable raises what it likes
             reason = f"rehearsal: {_in_one_line(error)}"
         else:
-            self._capture(key, function, static_x, x.shape[0], found)
+            self._capture(key, function, static, inputs[0].shape[0], found)
             return results
         self._capturer.free()
         self._eager_calls[reason] += 1
-        results = function(x)  # what it raises again is the caller's own mistake, and no reason to give the shape up
+        results = function(
+            *inputs
+        )  # what it raises again is the caller's own mistake, and no reason to give the shape up
         if key.owner not in self._unpaddable:
             self._fail(key, reason)
         return results
 
     def _rehearse(
-        self, key: GraphKey, function: Callable[[torch.Tensor], Any], x: torch.Tensor, found: Survey
-    ) -> tuple[torch.Tensor, Any]:
-        """The static input, which holds x, and the results of `function` on it."""
+        self, key: GraphKey, function: Callable[..., Any], inputs: Inputs, found: Survey
+    ) -> tuple[Inputs, Any]:
+        """The static inputs, which hold this call's, and the results of `function` on them."""
+        keep = inputs[0].shape[0]
         with torch.inference_mode(False), torch.no_grad():
-            static_x = torch.empty((key.rows, *key.row_shape), dtype=key.dtype, device=key.device)
-            if x.shape[0] < key.rows:
-                static_x.fill_(float("nan"))
-            static_x[: x.shape[0]].copy_(x)
+            static = tuple(
+                torch.empty((key.rows, *row_shape), dtype=dtype, device=key.device) for row_shape, dtype in key.inputs
+            )
+            for static_x, x in zip(static, inputs, strict=True):
+                if keep < key.rows:
+                    _mark_as_padding(static_x)
+                static_x[:keep].copy_(x)
         with graph_in_the_making():
-            output = self._capturer.rehearse(lambda: self._packed(function(static_x)), key.device)
+            output = self._capturer.rehearse(lambda: self._packed(function(*static)), key.device)
         output = output.copies() if isinstance(output, Packed) else output
-        return static_x, self._without_padding(output, key.rows, x.shape[0], found)
+        return static, self._without_padding(output, key.rows, keep, found)
 
     def _packed(self, output: Any) -> Any:
         return pack(output) if self.clone else output
 
-    def _capture(
-        self, key: GraphKey, function: Callable[[torch.Tensor], Any], static_x: torch.Tensor, rows: int, found: Survey
-    ) -> None:
+    def _capture(self, key: GraphKey, function: Callable[..., Any], static: Inputs, rows: int, found: Survey) -> None:
         while len(self._graphs) >= self.max_graphs:
             self._evict()
         reason = None
         try:
             with graph_in_the_making():
-                captured = self._capturer.capture(lambda: self._packed(function(static_x)), key.device)
+                captured = self._capturer.capture(lambda: self._packed(function(*static)), key.device)
         except Exception as error:  # noqa: BLE001 whatever keeps a call from being captured, it works eagerly
             reason = f"capture: {_in_one_line(error)}"
         if reason is not None:
             self._capturer.free()
             self._fail(key, reason)
             return
-        graph = _Graph(captured, static_x, found.addresses, rows, _why_unpaddable(captured.output, key.rows))
+        graph = _Graph(captured, static, found.addresses, rows, _why_unpaddable(captured.output, key.rows))
         if self.max_bytes is not None and graph.memory_bytes > self.max_bytes:
             needed = graph.memory_bytes
             captured.release()
@@ -394,9 +413,23 @@ class CUDAGraphManager:
             self._unpaddable.clear()
             self._capturer.free()
 
+    def forget(self, owner: int) -> None:
+        """Drop the graphs and counts of an owner that will not call again."""
+        with self._lock:
+            for key in [key for key in self._graphs if key.owner == owner]:
+                self._drop(key)
+            for table in (self._calls, self._failures):
+                for key in [key for key in table if key.owner == owner]:
+                    del table[key]
+            self._unpaddable.pop(owner, None)
+
     def close(self) -> None:
         """Give all memory back. The manager can be used again: it begins anew."""
         self.clear()
+
+
+def _mark_as_padding(rows: torch.Tensor) -> None:
+    rows.fill_(float("nan") if rows.is_floating_point() else -1)
 
 
 def _remember(table: OrderedDict[GraphKey, Any], key: GraphKey, value: Any) -> None:

@@ -29,6 +29,15 @@ A prefetch must expect to save more copies than it costs, and all of them togeth
 
 from moe_gpu.expert_cache.budget import HbmBudgetError, HbmMemoryError
 from moe_gpu.expert_cache.cache import ExpertCache, ExpertCacheStats, LayerCache
+from moe_gpu.expert_cache.home import apply_around_weights
 from moe_gpu.expert_cache.policies import POLICIES
 
-__all__ = ["POLICIES", "ExpertCache", "ExpertCacheStats", "HbmBudgetError", "HbmMemoryError", "LayerCache"]
+__all__ = [
+    "POLICIES",
+    "ExpertCache",
+    "ExpertCacheStats",
+    "HbmBudgetError",
+    "HbmMemoryError",
+    "LayerCache",
+    "apply_around_weights",
+]

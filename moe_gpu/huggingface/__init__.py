@@ -1,106 +1,160 @@
 """moe_gpu in models of `transformers` (5.7 and later): `enable(model)`, or `experts_implementation="moe_gpu"`.
 
-Nothing is registered by importing this: `enable` does it, or `register()` before loading a model by that name.
+Nothing is registered by importing this: `enable` does it, or `register()` before loading a model by that name. An
+enabled model has what `AdvancedMoELayer` has, under its names: `features`, `get_performance_stats`, `use_slice`.
 """
 
 from __future__ import annotations
 
 import copy
-import functools
-import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from moe_gpu.cuda_graph_manager import CUDAGraphManager
+from moe_gpu.expert_cache import ExpertCache
+from moe_gpu.huggingface.attachment import Attachment
 from moe_gpu.huggingface.coverage import CoverageReport, ModuleCoverage
-from moe_gpu.huggingface.forward import ATTACHMENT, Attachment, experts_forward, operations
-from moe_gpu.huggingface.layout import FP8, Conventions, describe, in_interface, up_name, why_not
+from moe_gpu.huggingface.flags import device_of, features, features_of, get_performance_stats, use_slice
+from moe_gpu.huggingface.forward import backend_of
+from moe_gpu.huggingface.host_weights import HostWeights, copies_on_host, put_back, why_not_from_slots
+from moe_gpu.huggingface.interface import NAME, register
+from moe_gpu.huggingface.layout import ATTACHMENT, FP8, Conventions, describe, in_interface, stored, up_name, why_not
+from moe_gpu.layer_energy import EnergyReader, LayerEnergy
 from moe_gpu.profiler import ExpertProfiler
 
-NAME = "moe_gpu"
-"""The value of `experts_implementation` that chooses this library."""
-_REMEDY = "pip install 'moe-gpu[hf]' (transformers>=5.7)"
+__all__ = [
+    "NAME",
+    "CoverageReport",
+    "ModuleCoverage",
+    "disable",
+    "enable",
+    "features",
+    "get_performance_stats",
+    "register",
+    "use_slice",
+]
 
 
-@functools.cache
-def register() -> Conventions:
-    """Make `experts_implementation="moe_gpu"` known to transformers, FP8 experts included; once a process.
+@dataclass(frozen=True)
+class _Found:
+    """The modules with experts of a model: a row of the report for each; those served, and those refused."""
 
-    Raises ImportError where transformers is missing or has no experts interface, with the remedy.
-    """
-    try:
-        moe = importlib.import_module("transformers.integrations.moe")
-        fp8 = importlib.import_module("transformers.integrations.finegrained_fp8")
-        activations = importlib.import_module("transformers.activations")
-        interfaces = (moe.ExpertsInterface, fp8.FP8ExpertsInterface)
-    except (ImportError, AttributeError) as error:
-        raise ImportError(f"transformers with its experts interface is not here ({error}); {_REMEDY}") from error
-    functions: dict[type, str] = {nn.SiLU: "silu", nn.ReLU: "relu"}
-    for name, function in (("SiLUActivation", "silu"), ("GELUActivation", "gelu"), ("GELUTanh", "gelu_tanh")):
-        if hasattr(activations, name):
-            functions[getattr(activations, name)] = function
-    # Without a default gate to compare with, every module's own gate is called.
-    conventions = Conventions(getattr(moe, "_default_apply_gate", None), functions)
-    forward = functools.partial(experts_forward, conventions)
-    for interface in interfaces:
-        interface.register(NAME, forward)
-    return conventions
+    rows: list[ModuleCoverage]
+    served: dict[str, Any]
+    refused: list[Any]
+
+    @classmethod
+    def of(cls, model: nn.Module, conventions: Conventions) -> _Found:
+        found = cls([], {}, [])
+        for name, module in model.named_modules():
+            if not (in_interface(module) or _has_experts(name, module)):
+                continue
+            row = _examine(name, module, conventions, len(found.served))
+            found.rows.append(row)
+            if row.covered:
+                found.served[name] = module
+            elif in_interface(module):
+                found.refused.append(module)
+        if not found.served:
+            raise ValueError(_nothing_covered(found.rows))
+        return found
 
 
-def enable(model: nn.Module, profiler: ExpertProfiler | None = None) -> CoverageReport:
+def enable(
+    model: nn.Module,
+    profiler: ExpertProfiler | None = None,
+    *,
+    use_cuda_graphs: bool | CUDAGraphManager = False,
+    enable_energy_monitoring: bool = True,
+    hbm_budget: int | float | str | ExpertCache | None = None,
+) -> CoverageReport:
     """Serve the experts of a transformers model by moe_gpu, forward and backward; returns what is served and what not.
 
     The model's own weights are used in place. As in transformers, the choice is by configuration object: modules that
-    share one switch together, and `model.set_experts_implementation(...)` switches away again. `profiler` counts the
-    routes of each served module, `layer_index` in the report saying as which layer; a module of the report that is
-    not served keeps the implementation that it had. `disable(model)` puts everything back.
-    Raises ValueError, and changes nothing, where no module can be served or the profiler does not fit; ImportError
-    without transformers>=5.7.
+    share one switch together, and `model.set_experts_implementation(...)` switches away again. A module of the report
+    that is not served keeps the implementation that it had. `disable(model)` puts everything back.
+
+    The flags are those of AdvancedMoELayer; the report and `features(model)` say what they came to. profiler counts the
+    routes of each served module, as layer `layer_index` of the report. use_cuda_graphs: repeated calls of an experts
+    module without gradients are replayed as a CUDA graph; True gives the model a CUDAGraphManager, or pass one.
+    hbm_budget: the experts' weights go to host memory, frozen, and run from slots in device memory, all modules under
+    one budget; inference only.
+    Raises ValueError, and changes nothing, where no module can be served or a flag does not fit the model; ImportError
+    without transformers>=5.7; HbmMemoryError where the host has no memory for the weights.
     """
     conventions = register()
-    found = [
-        (name, module) for name, module in model.named_modules() if in_interface(module) or _has_experts(name, module)
-    ]
-    rows: list[ModuleCoverage] = []
-    served: list[Any] = []
-    refused: list[Any] = []
-    for name, module in found:
-        row = _examine(name, module, conventions, len(served))
-        rows.append(row)
-        if row.covered:
-            served.append(module)
-        elif in_interface(module):
-            refused.append(module)
-    if not served:
-        raise ValueError(_nothing_covered(rows))
+    found = _Found.of(model, conventions)
+    served = list(found.served.values())
+    graphs = _graphs_for(len(served), use_cuda_graphs)
     if profiler is not None:
         _check_profiler(profiler, served)
-        _attach_on_gpu(profiler, getattr(served[0], up_name(served[0])).device)
-    disable(model)
+    places: list[HostWeights | None] = [None] * len(served)
+    on_host: list[dict[str, torch.Tensor]] = []
+    if hbm_budget is not None:
+        _check_budget(hbm_budget, found.served, conventions)
+        cache = hbm_budget if isinstance(hbm_budget, ExpertCache) else ExpertCache(hbm_budget)
+        planned = [HostWeights.plan(module, cache) for module in served]
+        cache.book()  # its profile must fit the model too
+        on_host = copies_on_host(served, planned)
+        places = list(planned)
+    device = device_of(served[0])
+    _detach(model, staying_on_host=served if hbm_budget is not None else ())
+    if profiler is not None:
+        _attach_on_gpu(profiler, device)
     shared = {id(module.config) for module in served}
-    attachments = [Attachment(module.config, module.config._experts_implementation) for module in refused]
+    attachments = [Attachment(module.config, module.config._experts_implementation) for module in found.refused]
+    readers: dict[torch.device, EnergyReader] = {}
     for index, module in enumerate(served):
-        attachment = Attachment(module.config, module.config._experts_implementation, profiler, index)
+        attachment = Attachment(
+            module.config,
+            module.config._experts_implementation,
+            True,
+            index,
+            profiler,
+            graphs,
+            _why_no_graph(module),
+            LayerEnergy() if enable_energy_monitoring else None,
+            readers,
+            places[index],
+        )
         setattr(module, ATTACHMENT, attachment)
-    for module, attachment in zip(refused, attachments, strict=True):
+        if attachment.host is not None:
+            attachment.host.move(module, on_host[index])
+    for module, attachment in zip(found.refused, attachments, strict=True):
         if id(module.config) in shared:
             setattr(module, ATTACHMENT, attachment)
             module.config = copy.copy(module.config)
     for module in served:
         _choose(module.config, NAME)
+    rows = [replace(row, features=features_of(found.served[row.module])) if row.covered else row for row in found.rows]
     return CoverageReport(tuple(rows))
 
 
 def disable(model: nn.Module) -> None:
     """Undo `enable`: every configuration names its earlier implementation again, and no module keeps anything of ours.
 
-    Where nothing was enabled, nothing changes. The name stays registered with transformers, for other models.
+    Weights under a budget go back to the device of their module, which must have room: HbmMemoryError, and nothing is
+    changed, where it has not. Where nothing was enabled, nothing changes. The name stays registered with transformers,
+    for other models.
     """
-    for module in model.modules():
-        attachment = vars(module).get(ATTACHMENT)
-        if attachment is None:
-            continue
+    _detach(model)
+
+
+def _detach(model: nn.Module, staying_on_host: Sequence[Any] = ()) -> None:
+    """`disable`, but that the weights of some modules stay where they are, since they are enabled again at once."""
+    staying = {id(module) for module in staying_on_host}
+    attached = [module for module in model.modules() if ATTACHMENT in vars(module)]
+    put_back([module for module in attached if id(module) not in staying])
+    for module in attached:
+        attachment: Attachment = vars(module)[ATTACHMENT]
+        if attachment.graphs is not None:
+            attachment.graphs.forget(attachment.graph_owner)
+        if attachment.host is not None:
+            attachment.host.release(module)
         if module.config is attachment.config:
             _choose(attachment.config, attachment.previous)
         else:
@@ -130,8 +184,7 @@ def _examine(name: str, module: Any, conventions: Conventions, layer_index: int)
     activation = conventions.activation_of(module)
     how = "activation fused" if activation else "its own activation between grouped products"
     up = getattr(module, up_name(module))
-    ops = operations(up.device)
-    backend = ops.backend if up.dtype == FP8 else ops.backend_for(up.dtype)
+    backend = backend_of(module)
     if up.dtype == FP8:
         how += ", weights dequantised on every call, activations not quantised"
     layout = describe(module, activation)
@@ -167,3 +220,38 @@ def _attach_on_gpu(profiler: ExpertProfiler, device: torch.device) -> None:
     if device.type == "cuda" and profiler.state_LS is None:
         profiler.attach(device)
         torch._dynamo.mark_static_address(profiler.state_LS)
+
+
+def _graphs_for(num_modules: int, use_cuda_graphs: bool | CUDAGraphManager) -> CUDAGraphManager | None:
+    if not isinstance(use_cuda_graphs, CUDAGraphManager):
+        # As many graphs for each module as a layer with a manager of its own may have.
+        return CUDAGraphManager(max_graphs=16 * num_modules) if use_cuda_graphs else None
+    if use_cuda_graphs.max_graphs < num_modules:
+        raise ValueError(
+            f"the graph manager has max_graphs={use_cuda_graphs.max_graphs} and the model has {num_modules} modules "
+            f"with experts, a graph each: they would evict each other; give at least {num_modules}"
+        )
+    return use_cuda_graphs
+
+
+def _why_no_graph(experts: Any) -> str | None:
+    """What of a module's layout keeps it from graphs; None where nothing does."""
+    for name in (up_name(experts), "down_proj"):
+        weight = stored(experts, name)
+        if hasattr(weight, "to_local"):
+            return f"{name} is sharded: what its forward reads comes and goes"
+        if weight.dtype == FP8:
+            return f"{name} is float8: each graph would keep memory for the layer's dequantised weights"
+    return None
+
+
+def _check_budget(hbm_budget: object, served: dict[str, Any], conventions: Conventions) -> None:
+    for name, module in served.items():
+        shown = repr(hbm_budget) if not isinstance(hbm_budget, ExpertCache) else repr(hbm_budget.budget)
+        if module.training:
+            raise ValueError(
+                f"hbm_budget={shown} serves inference only and {name} is training; call model.eval() first"
+            )
+        reason = why_not_from_slots(module, conventions.activation_of(module))
+        if reason is not None:
+            raise ValueError(f"hbm_budget={shown} cannot serve {name}: {reason}; enable the model without a budget")

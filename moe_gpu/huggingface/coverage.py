@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+
+from moe_gpu.model import Feature
 
 
 @dataclass(frozen=True)
@@ -11,7 +14,7 @@ class ModuleCoverage:
 
     layout: sizes and how the weights are stored, None where they were not understood. backend: `triton` or `reference`;
     how: the path through it, and why this backend. why_not: the reason where the module is not served, and `backend` is
-    None. layer_index: the module's layer in a profiler.
+    None. layer_index: the module's layer in a profiler. features: what each flag came to, as of AdvancedMoELayer.
     """
 
     module: str
@@ -20,6 +23,7 @@ class ModuleCoverage:
     how: str | None = None
     why_not: str | None = None
     layer_index: int | None = None
+    features: Mapping[str, Feature] = field(default_factory=dict)
 
     @property
     def covered(self) -> bool:
@@ -54,4 +58,18 @@ class CoverageReport:
             "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]])
             for row in [header, *rows]
         ]
+        lines += self._flags()
         return "\n".join([*lines, f"{len(self.covered)} of {len(self.modules)} modules with experts are served"])
+
+    def _flags(self) -> list[str]:
+        """A line for each outcome of a flag that was asked for, with its modules' number; backends stand above."""
+        found: dict[tuple[str, bool, str], int] = {}
+        for module in self.covered:
+            for name, feature in module.features.items():
+                if feature.asked and name != "triton":
+                    outcome = name, feature.active, "" if name == "profiler" else feature.reason
+                    found[outcome] = found.get(outcome, 0) + 1
+        return [
+            f"{name}: {'on' if active else 'not on'} in {count} of {len(self.covered)}{reason and f': {reason}'}"
+            for (name, active, reason), count in found.items()
+        ]

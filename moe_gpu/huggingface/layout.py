@@ -9,16 +9,19 @@ The decorator of transformers' experts interface gives a module `has_gate`, `has
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from moe_gpu.config import ACTIVATIONS
 from moe_gpu.reference import ExpertWeights
 
+ATTACHMENT = "_moe_gpu"
+"""The attribute that `enable` gives a module: its Attachment."""
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 FP8 = torch.float8_e4m3fn
 _FLAGS = ("config", "has_gate", "has_bias", "is_transposed")
@@ -41,8 +44,9 @@ class Conventions:
             return None  # it comes between the experts and their weighted sum
         if function is None or not experts.has_gate:
             return function
-        own_gate = getattr(experts._apply_gate, "__func__", None)
-        return _GATED[function] if own_gate is self.default_gate else None
+        # By the class, as a traced call cannot see the function behind a bound method.
+        default = type(experts)._apply_gate is self.default_gate and "_apply_gate" not in experts.__dict__
+        return _GATED[function] if default else None
 
     def _function_of(self, act_fn: Any) -> str | None:
         if isinstance(act_fn, nn.Module) and (act_fn._forward_hooks or act_fn._forward_pre_hooks):
@@ -59,6 +63,13 @@ def in_interface(module: Any) -> bool:
 
 def up_name(experts: Any) -> str:
     return "gate_up_proj" if experts.has_gate else "up_proj"
+
+
+def stored(experts: Any, name: str) -> torch.Tensor:
+    """A weight as it is stored, for its dtype and device: a parametrisation is not computed."""
+    if parametrize.is_parametrized(experts, name):
+        return next(experts.parametrizations[name].parameters())
+    return getattr(experts, name)
 
 
 def why_not(experts: Any) -> str | None:
@@ -105,11 +116,25 @@ def _plain(tensor: torch.Tensor) -> bool:
     return type(tensor) in (torch.Tensor, nn.Parameter, nn.Buffer) or hasattr(tensor, "to_local")
 
 
+class Sizes(NamedTuple):
+    """As the tensors have them: experts, width of the hidden states, inner width, width of the output."""
+
+    experts: int
+    inputs: int
+    inner: int
+    outputs: int
+
+    @classmethod
+    def of(cls, experts: Any) -> Sizes:
+        up, down = getattr(experts, up_name(experts)), experts.down_proj
+        rows, width = (2, 1) if experts.is_transposed else (1, 2)  # width: the axis of what a weight is multiplied with
+        return cls(up.shape[0], up.shape[width], down.shape[width], down.shape[rows])
+
+
 def describe(experts: Any, activation: str | None) -> str:
     """A served module's layout in words: sizes, dtype, how its weights are stored, and what is applied between them."""
-    up, down = getattr(experts, up_name(experts)), experts.down_proj
-    width = 1 if experts.is_transposed else 2  # the axis of what a weight is multiplied with
-    text = f"E={up.shape[0]} H={up.shape[width]} I={down.shape[width]} {str(up.dtype).removeprefix('torch.')}"
+    sizes, dtype = Sizes.of(experts), getattr(experts, up_name(experts)).dtype
+    text = f"E={sizes.experts} H={sizes.inputs} I={sizes.inner} {str(dtype).removeprefix('torch.')}"
     text += ", gate and up" if experts.has_gate else ", no gate"
     if experts.has_gate and not getattr(experts, "is_concatenated", True):
         text += " interleaved"
@@ -134,7 +159,11 @@ def read_weights(experts: Any, like: torch.Tensor) -> ExpertWeights:
     odd = any(tensor.dtype != FP8 and tensor.dtype not in FLOATS for tensor in raw)
     if odd or (not torch.compiler.is_compiling() and _unknown_part(experts)):
         raise ValueError(f"moe_gpu cannot serve these experts: {why_not(experts)}")
-    dtype = _compute_dtype(like, raw)
+    if raw[0].device != like.device:
+        raise ValueError(
+            f"the experts' weights are on {raw[0].device} and the hidden states on {like.device}; call model.to(...)"
+        )
+    dtype = compute_dtype(like, raw)
     stacked, biases = [], []
     for name, tensor in zip(names, raw, strict=True):
         if tensor.dtype == FP8:
@@ -145,7 +174,8 @@ def read_weights(experts: Any, like: torch.Tensor) -> ExpertWeights:
     return ExpertWeights(stacked[0], stacked[1], up_bias_EG=biases[0], down_bias_EO=biases[1])
 
 
-def _compute_dtype(like: torch.Tensor, weights: list[torch.Tensor]) -> torch.dtype:
+def compute_dtype(like: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.dtype:
+    """The dtype that products of these two weights run in."""
     kinds = [like.dtype if weight.dtype == FP8 else weight.dtype for weight in weights]
     dtype = torch.promote_types(kinds[0], kinds[1])
     # Autocast leaves float64 as it is.

@@ -27,7 +27,9 @@ from moe_gpu.energy_monitor import EnergyUnavailableError
 from moe_gpu.energy_monitor.monitor import open_meter
 from moe_gpu.expert_cache import ExpertCache
 from moe_gpu.gpu_slice_manager import AdvancedGPUSliceManager
-from moe_gpu.huggingface.forward import ATTACHMENT
+from moe_gpu.huggingface.attachment import Attachment
+from moe_gpu.huggingface.forward import backend_of
+from moe_gpu.huggingface.layout import ATTACHMENT
 from moe_gpu.live.figures import tokens_of
 from moe_gpu.live.gpu import Meter, read_gpu
 from moe_gpu.live.status import (
@@ -77,7 +79,7 @@ def _layers_of(source: nn.Module | ExpertProfiler) -> list[_Layer]:
         if isinstance(module, AdvancedMoELayer):
             c, profiler, index = module.config, module.profiler, module.layer_index
             found.append(_Layer(name or "layer", profiler, index, c.top_k, c.num_experts, weakref.ref(module)))
-        elif attachment is not None and attachment.layer_index is not None:
+        elif attachment is not None and attachment.served:
             top_k = getattr(attachment.config, "num_experts_per_tok", None)
             profiler, index = attachment.profiler, attachment.layer_index
             num_experts = None if profiler is None else profiler.num_experts
@@ -242,14 +244,14 @@ class Publisher:
         if self._graphs is not None:
             counts = self._ask(self._graphs, "graphs")
             return None if counts is None else GraphStatus(int(counts[0]), int(counts[1]))
-        managers = {id(module.graphs): module.graphs for module in self._modules() if module.graphs is not None}
+        managers = {id(flags.graphs): flags.graphs for flags in self._flags() if flags.graphs is not None}
         stats = [manager.get_stats() for manager in managers.values()]
         eager = sum(sum(each["eager_calls"].values()) for each in stats)
         return GraphStatus(sum(each["hits"] for each in stats), eager) if stats else None
 
-    def _modules(self) -> list[AdvancedMoELayer]:
-        found = [None if layer.module is None else layer.module() for layer in self._layers]
-        return [module for module in found if isinstance(module, AdvancedMoELayer)]
+    def _flags(self) -> list[AdvancedMoELayer | Attachment]:
+        """What holds each layer's graphs, slice and cache."""
+        return [flags for flags in map(_flags_of, self._layers) if flags is not None]
 
     def _slice_list(self) -> list[SliceStatus] | None:
         if self._slices is not None:
@@ -259,7 +261,7 @@ class Publisher:
                 SliceStatus(who[item.index], item.backend, item.asked_sms, item.got_sms, item.enforced)
                 for item in plan.slices
             ]
-        held = [(layer.name, getattr(layer.module and layer.module(), "slice", None)) for layer in self._layers]
+        held = [(layer.name, getattr(_flags_of(layer), "slice", None)) for layer in self._layers]
         return [
             SliceStatus(name, item.backend, item.asked_sms, item.got_sms, item.enforced)
             for name, item in held
@@ -268,9 +270,9 @@ class Publisher:
 
     def _cache(self) -> CacheStatus | None:
         caches: list[ExpertCache] = []
-        for module in self._modules():
-            if module.expert_cache is not None and module.expert_cache not in caches:
-                caches.append(module.expert_cache)
+        for flags in self._flags():
+            if flags.expert_cache is not None and flags.expert_cache not in caches:
+                caches.append(flags.expert_cache)
         if not caches:
             return None
         counts = [cache.counts() for cache in caches]
@@ -282,9 +284,21 @@ class Publisher:
         )
 
 
-def _load(layer: _Layer, reading: LoadReading | None) -> LayerLoad:
+def _flags_of(layer: _Layer) -> AdvancedMoELayer | Attachment | None:
+    """The layer itself, or what `enable` left at it; None where it is gone, disabled, or a profiler's."""
     module = None if layer.module is None else layer.module()
-    backend = module.ops.backend_for(module.gate_up_proj.dtype).name if isinstance(module, AdvancedMoELayer) else None
+    return module if isinstance(module, AdvancedMoELayer) else vars(module).get(ATTACHMENT) if module else None
+
+
+def _backend_of(layer: _Layer) -> str | None:
+    module = None if layer.module is None else layer.module()
+    if isinstance(module, AdvancedMoELayer):
+        return module.ops.backend_for(module.gate_up_proj.dtype).name
+    return None if _flags_of(layer) is None else backend_of(module).name
+
+
+def _load(layer: _Layer, reading: LoadReading | None) -> LayerLoad:
+    backend = _backend_of(layer)
     known = dict(name=layer.name, num_experts=layer.num_experts, top_k=layer.top_k, backend=backend)
     if layer.profiler is None:
         return LayerLoad(**known, reason="no profiler counts this layer: pass profiler=ExpertProfiler(...)")  # type: ignore[arg-type]

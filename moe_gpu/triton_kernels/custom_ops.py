@@ -54,8 +54,8 @@ _SCHEMAS = {
     "combine": f"(Tensor y, Tensor weights, {_ROUTES}) -> Tensor",
     "combine_backward": f"(Tensor grad_out, Tensor y, Tensor weights, {_ROUTES}) -> (Tensor, Tensor)",
     "sum_routes": "(Tensor y, Tensor row_of_route) -> Tensor",
-    "grouped_gemm": "(Tensor a, Tensor w, Tensor? bias, Tensor offsets) -> Tensor",
-    "grouped_gemm_backward": "(Tensor grad, Tensor a, Tensor w, Tensor? bias, Tensor offsets)"
+    "grouped_gemm": "(Tensor a, Tensor w, Tensor? bias, Tensor offsets, int? sm_budget) -> Tensor",
+    "grouped_gemm_backward": "(Tensor grad, Tensor a, Tensor w, Tensor? bias, Tensor offsets, int? sm_budget)"
     " -> (Tensor, Tensor, Tensor)",
 }
 
@@ -287,25 +287,25 @@ def _sum_routes_fake(y, row_of_route):
     return y.new_empty(row_of_route.shape[0], y.shape[1])
 
 
-def _grouped_gemm(a, w, bias, offsets):
+def _grouped_gemm(a, w, bias, offsets, sm_budget):
     a = row_contiguous(a)
-    products = Products.of((a,), (w,), offsets, a.shape[0])
+    products = Products.of((a,), (w,), offsets, a.shape[0], sm_budget)
     return products.forward("down", a, w, bias_EN=bias, zero_tail=True)[0]
 
 
-def _grouped_gemm_fake(a, w, bias, offsets):
+def _grouped_gemm_fake(a, w, bias, offsets, sm_budget):
     return a.new_empty(a.shape[0], w.shape[1])
 
 
-def _grouped_gemm_backward(grad, a, w, bias, offsets):
+def _grouped_gemm_backward(grad, a, w, bias, offsets, sm_budget):
     a = row_contiguous(a)
-    products = Products.of((a, grad), (w,), offsets, a.shape[0])
+    products = Products.of((a, grad), (w,), offsets, a.shape[0], sm_budget)
     grad_a, _ = products.forward("grad_x", grad, w.transpose(1, 2), zero_tail=True)
     grad_w = products.grad_w(grad, a, w)
     return grad_a, grad_w, a.new_empty(0) if bias is None else grad_bias(grad, bias, offsets)
 
 
-def _grouped_gemm_backward_fake(grad, a, w, bias, offsets):
+def _grouped_gemm_backward_fake(grad, a, w, bias, offsets, sm_budget):
     grad_bias_ = a.new_empty(0) if bias is None else bias.new_empty(bias.shape)
     return a.new_empty(a.shape), torch.empty_like(w), grad_bias_
 
@@ -372,13 +372,16 @@ def _grad_combine(ctx, grad):
 
 
 def _save_grouped_gemm(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+    *tensors, ctx.sm_budget = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _grad_grouped_gemm(ctx, grad):
     a, w, bias, offsets = ctx.saved_tensors
-    grad_a, grad_w, grad_bias_ = torch.ops.moe_gpu.grouped_gemm_backward(grad.contiguous(), a, w, bias, offsets)
-    return grad_a, grad_w, None if bias is None else grad_bias_, None
+    grad_a, grad_w, grad_bias_ = torch.ops.moe_gpu.grouped_gemm_backward(
+        grad.contiguous(), a, w, bias, offsets, ctx.sm_budget
+    )
+    return grad_a, grad_w, None if bias is None else grad_bias_, None, None
 
 
 # Operators live as long as the library that defined them.

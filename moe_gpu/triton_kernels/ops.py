@@ -257,7 +257,7 @@ class TritonExpertOps:
             raise ValueError(f"a is {a_RK.dtype} and w is {w_ENK.dtype}; convert one")
         if not self._by_triton(a_RK):
             return (_traced_gemm() or reference.grouped_gemm_reference)(a_RK, w_ENK, offsets_P, bias_EN)
-        return torch.ops.moe_gpu.grouped_gemm(a_RK, w_ENK, bias_EN, offsets_P)
+        return torch.ops.moe_gpu.grouped_gemm(a_RK, w_ENK, bias_EN, offsets_P, self.sm_budget)
 
 
 def _traced_gemm() -> Callable[..., torch.Tensor] | None:

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from moe_gpu import ExpertProfiler, enable
+from moe_gpu.huggingface import use_slice
+from moe_gpu.slices.plan import GPUSlice
 
 pytest.importorskip("transformers.integrations.moe", reason="transformers with its experts interface is not installed")
 
@@ -58,3 +60,47 @@ def test_decoding_traces_into_one_graph(name):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(prompt(), use_cache=False).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("slots", [1, 4, 6])
+def test_slots_through_the_kernels_have_the_bits_of_resident_weights(slots):
+    plain, model = (make_model("qwen3_moe", **SMALLER["qwen3_moe"]) for _ in range(2))
+    enable(plain)
+    expert_bytes = sum(p[0].nbytes for p in experts_of(model)[0].parameters())
+    enable(model, hbm_budget=slots * expert_bytes)
+    with torch.no_grad():
+        for length in (9, 1, 1):
+            tokens = prompt()[:, :length]
+            assert torch.equal(model(tokens, use_cache=False).logits, plain(tokens, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("name", SMALLER)
+def test_every_product_keeps_to_the_slice(name, monkeypatch):
+    """Those around a module's own gate too, forward and backward; what comes out is the same."""
+    from moe_gpu.triton_kernels import grouped_gemm, grouped_gemm_grad
+
+    model = make_model(name, **SMALLER[name])
+    expected = run(model)
+    enable(model)
+    use_slice(model, GPUSlice(0, 0, 1, "cta", got_sms=1))
+    budgets = []
+    for module in (grouped_gemm, grouped_gemm_grad):
+        programs = module.num_programs
+
+        def spy(device, config, num_tiles, sm_budget=None, programs=programs):
+            budgets.append(sm_budget)
+            return programs(device, config, num_tiles, sm_budget)
+
+        monkeypatch.setattr(module, "num_programs", spy)
+    check_outcome(run(model), expected)
+    assert len(budgets) >= 4
+    assert set(budgets) == {1}
+
+
+def test_a_fused_training_step_traces_into_one_graph():
+    model = make_model("qwen3_moe", **SMALLER["qwen3_moe"])
+    enable(model)
+    expected = run(model)
+    torch._dynamo.reset()
+    model.forward = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+    check_outcome(run(model), expected)
