@@ -18,21 +18,20 @@ class Activation:
     gated: bool
 
 
-ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
-    {
-        activation.name: activation
-        for activation in (
-            Activation("swiglu", "silu", gated=True),
-            Activation("geglu", "gelu", gated=True),
-            Activation("geglu_tanh", "gelu_tanh", gated=True),
-            Activation("reglu", "relu", gated=True),
-            Activation("silu", "silu", gated=False),
-            Activation("gelu", "gelu", gated=False),
-            Activation("gelu_tanh", "gelu_tanh", gated=False),
-            Activation("relu", "relu", gated=False),
-        )
-    }
-)
+# A plain dict, since Dynamo refuses to read a mapping proxy once traced code has changed any dict.
+ACTIVATIONS: Mapping[str, Activation] = {
+    activation.name: activation
+    for activation in (
+        Activation("swiglu", "silu", gated=True),
+        Activation("geglu", "gelu", gated=True),
+        Activation("geglu_tanh", "gelu_tanh", gated=True),
+        Activation("reglu", "relu", gated=True),
+        Activation("silu", "silu", gated=False),
+        Activation("gelu", "gelu", gated=False),
+        Activation("gelu_tanh", "gelu_tanh", gated=False),
+        Activation("relu", "relu", gated=False),
+    )
+}
 
 SCORE_FUNCTIONS = ("softmax", "sigmoid")
 HOT, COLD = 2.0, 0.5  # an expert's load over an even share: hot above the one, cold below the other

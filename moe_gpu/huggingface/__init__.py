@@ -15,8 +15,18 @@ from torch import nn
 
 from moe_gpu.huggingface.coverage import CoverageReport, ModuleCoverage
 from moe_gpu.huggingface.forward import ATTACHMENT, Attachment, experts_forward, operations
-from moe_gpu.huggingface.layout import FP8, Conventions, describe, in_interface, up_name, why_not
+from moe_gpu.huggingface.layout import (
+    FP8,
+    Conventions,
+    describe,
+    in_interface,
+    known_fp8_gate,
+    quantised_stacks,
+    up_name,
+    why_not,
+)
 from moe_gpu.profiler import ExpertProfiler
+from moe_gpu.triton_kernels.ops import TritonExpertOps
 
 NAME = "moe_gpu"
 """The value of `experts_implementation` that chooses this library."""
@@ -41,7 +51,8 @@ def register() -> Conventions:
         if hasattr(activations, name):
             functions[getattr(activations, name)] = function
     # Without a default gate to compare with, every module's own gate is called.
-    conventions = Conventions(getattr(moe, "_default_apply_gate", None), functions)
+    gates = getattr(moe, "_default_apply_gate", None), known_fp8_gate(getattr(fp8, "FP8Experts", object))
+    conventions = Conventions(gates[0], functions, gates[1])
     forward = functools.partial(experts_forward, conventions)
     for interface in interfaces:
         interface.register(NAME, forward)
@@ -133,9 +144,18 @@ def _examine(name: str, module: Any, conventions: Conventions, layer_index: int)
     ops = operations(up.device)
     backend = ops.backend if up.dtype == FP8 else ops.backend_for(up.dtype)
     if up.dtype == FP8:
-        how += ", weights dequantised on every call, activations not quantised"
+        how += f", {_how_fp8(module, ops)}, activations not quantised"
     layout = describe(module, activation)
     return ModuleCoverage(name, layout, backend.name, f"{how}; {backend.reason}", layer_index=layer_index)
+
+
+def _how_fp8(module: Any, ops: TritonExpertOps) -> str:
+    stacks = quantised_stacks(module)
+    reasons = [ops.fp8_reason(stack) for stack in stacks] or ["only one of its weights is FP8, or they are transposed"]
+    reason = next(filter(None, reasons), None)
+    if reason is None:
+        return "weights read as FP8 by inference in 16 bits, else dequantised on every call"
+    return f"weights dequantised on every call ({reason})"
 
 
 def _nothing_covered(rows: list[ModuleCoverage]) -> str:

@@ -9,7 +9,7 @@ import torch
 
 from moe_gpu.huggingface.layout import Conventions, read_weights
 from moe_gpu.profiler import ExpertProfiler
-from moe_gpu.reference import ExpertWeights, Routing
+from moe_gpu.reference import ExpertWeights, QuantisedExperts, Routing
 from moe_gpu.triton_kernels.ops import TritonExpertOps
 
 ATTACHMENT = "_moe_gpu"
@@ -67,8 +67,8 @@ def experts_forward(
     if hidden_states.dim() != 2:
         raise ValueError(f"hidden states have shape {tuple(hidden_states.shape)}; expected (tokens, width)")
     ops = operations(hidden_states.device)
-    weights = read_weights(experts, hidden_states)
-    x_TH = hidden_states.to(weights.up_EGH.dtype)
+    weights, dtype = read_weights(experts, hidden_states)
+    x_TH = hidden_states.to(dtype)
     routing = ops.sort_routes(top_k_index, top_k_weights, weights.up_EGH.shape[0])
     if x_TH.dtype == torch.float64:  # the reference serves, and need not round them to float32
         routing = replace(routing, topk_weights_TK=top_k_weights.double())
@@ -84,7 +84,7 @@ def experts_forward(
 
 
 def _experts_with_own_gate(
-    ops: TritonExpertOps, experts: Any, x_TH: torch.Tensor, routing: Routing, weights: ExpertWeights
+    ops: TritonExpertOps, experts: Any, x_TH: torch.Tensor, routing: Routing, weights: ExpertWeights | QuantisedExperts
 ) -> torch.Tensor:
     rows_RH = ops.permute(x_TH, routing)
     h_RG = ops.grouped_gemm(rows_RH, weights.up_EGH, routing.offsets_P, weights.up_bias_EG)
