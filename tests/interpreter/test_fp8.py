@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 
 from moe_gpu import reference
+from moe_gpu.config import MoEConfig
 from moe_gpu.reference import QuantisedExperts, QuantisedStack
 from moe_gpu.triton_kernels import custom_ops, products
 from moe_gpu.triton_kernels.decode import DecodeConfig, DecodeTile, decode_forward
@@ -221,3 +224,16 @@ def test_mistakes_are_refused():
             ops.grouped_gemm(problem.x_TH, stack, problem.routing().offsets_P)
     with pytest.raises(ValueError, match="down weights"):
         ops.experts(problem.x_TH, problem.routing(), QuantisedExperts(w.up_EGH, w.up_EGH))
+
+
+def test_every_way_of_the_benchmark_computes_its_problem(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+    problem, fp8 = import_module("hopper_problem"), import_module("hopper_fp8")
+    config = MoEConfig(128, 128, 64, 4, 2)
+    weights = fp8.quantise(problem.make_weights(config, "cpu"))
+    ops = TritonExpertOps("cpu")
+    for num_tokens in (2, 40):
+        p = problem.Problem(config, num_tokens, "uniform", fp8.dequantised(weights), "cpu")
+        for way in fp8.WAYS.values():
+            with torch.no_grad():
+                p.check(way(p, ops, weights))
