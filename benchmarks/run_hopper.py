@@ -4,8 +4,8 @@ bf16, ids and weights given: sorting the routes, experts, combine. Each table is
 L2: `training` (forward and forward+backward, peak memory; beside them `bmm`, the two or six matrix products over equal
 groups as cuBLAS batched products, without gather, activation or combine), `decode` and `skew` (CUDA graphs that rotate
 copies of the weights, beside vLLM's experts and OpenAI's triton_kernels; skew's largest sizes eager and ours alone),
-`fp8` (weights in FP8 beside the same in bf16, in such graphs: by the rules, and by each way there is), `budget` (the same
-products on fewer SMs) and `precision` (are repeats equal bit for bit). `--table` runs some only.
+`fp8` (weights in FP8 beside the same in bf16, in such graphs: by the rules, and by each way there is), `budget` (the
+same products on fewer SMs) and `precision` (are repeats equal bit for bit). `--table` runs some only.
 """
 
 from __future__ import annotations

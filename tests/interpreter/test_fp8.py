@@ -13,7 +13,7 @@ import torch
 from moe_gpu import reference
 from moe_gpu.config import MoEConfig
 from moe_gpu.reference import QuantisedExperts, QuantisedStack
-from moe_gpu.triton_kernels import custom_ops, products
+from moe_gpu.triton_kernels import custom_ops, products, tuning
 from moe_gpu.triton_kernels.decode import DecodeConfig, DecodeTile, decode_forward
 from moe_gpu.triton_kernels.fp8 import FP8, LEAST_STEP, dequantise, fp8_unfit
 from moe_gpu.triton_kernels.gather_scatter import combine_forward
@@ -125,10 +125,12 @@ def test_dequantising_kernel(dtype, exponents):
     exponent[0, 0, 0] = -127
     scales = exponent.exp2() if exponents else exponent.exp2() * 1.37
     scales = scales.to(torch.float8_e8m0fnu) if exponents else scales
+    if exponents:
+        scales.view(torch.uint8)[2, 0, 0] = 0xFF  # NaN
     got = dequantise(values, scales, dtype)
     expected = reference.dequantise_reference(values, scales, dtype)
     assert torch.equal(got.isnan(), expected.isnan())
-    assert got.isnan().sum() == 3 * 70 * 2
+    assert got.isnan().sum() == 3 * 70 * 2 + (10 * 64 if exponents else 0)
     assert torch.equal(got.nan_to_num(7), expected.nan_to_num(7))
     assert torch.equal(got.nan_to_num(7).double(), (values.double() * _spread(scales)).to(dtype).nan_to_num(7).double())
 
@@ -145,6 +147,34 @@ def test_what_kernels_do_not_read_is_dequantised(monkeypatch):
     assert calls.call_count == 2
     check_fp8(make_fp8_problem(PLAIN, torch.float32, "cpu"), grouped)
     assert calls.call_count == 4
+
+
+def test_decode_kernels_serve_where_they_can(dequantised, monkeypatch):
+    served = mock.Mock(side_effect=decode_forward)
+    monkeypatch.setattr(custom_ops, "decode_forward", served)
+    monkeypatch.setattr(custom_ops, "decode_unsupported", lambda *arguments: None)
+    for tokens in (1, 6, 20, 40):  # each a tile of its own
+        check_fp8(
+            make_fp8_problem(Fp8Case(ExpertCase("few", tokens, 64, 32, 4, 2, bias=True)), torch.bfloat16, "cpu"),
+            grouped,
+        )
+    assert served.call_count == 4
+    assert dequantised.call_count == 0
+
+
+def test_many_rows_are_dequantised_where_the_kernels_for_hopper_then_serve():
+    stack = quantise(torch.randn(4, 64, 64), (32, 32), False)
+    offsets = torch.zeros(5, dtype=torch.int32)
+
+    def reads(rows_per_expert: int, hopper: bool, dtype: torch.dtype = torch.bfloat16) -> bool:
+        some = products.Products(dtype, torch.device("cpu"), offsets, 4 * rows_per_expert, None, hopper, 4)
+        return some.reads_fp8(stack.values_ENK, stack.scales_EBC)
+
+    most = tuning.FP8_MAX_ROWS_PER_EXPERT
+    assert reads(most - 1, hopper=True)
+    assert not reads(most, hopper=True)
+    assert reads(most, hopper=False)
+    assert not reads(1, hopper=False, dtype=torch.float32)
 
 
 def test_reasons():
