@@ -237,6 +237,24 @@ def test_operators_trace(dequantised):
         assert torch.equal(one, other)
 
 
+def test_operators_pass_opcheck():
+    """But its check of schemas, which multiplies FP8 numbers: PyTorch has no product for them."""
+    problem = make_fp8_problem(replace(PLAIN, exponents=True), torch.bfloat16, "cpu")
+    TritonExpertOps("cpu")
+    up, down, r = problem.weights.up_EGH, problem.weights.down_EOI, problem.routing()
+    rows = r.row_route_R, r.row_of_route_TK, r.offsets_P
+    experts = (up.values_ENK, down.values_ENK, up.scales_EBC, down.scales_EBC, None, None, "swiglu", None)
+    gathered = problem.x_TH[r.row_token_R.long()]
+    arguments = {
+        "experts_quantised": (problem.x_TH, r.topk_weights_TK, r.topk_ids_TK, *rows, *experts),
+        "grouped_gemm_quantised": (gathered, up.values_ENK, up.scales_EBC, None, r.offsets_P),
+        "dequantise": (up.values_ENK, up.scales_EBC, torch.float16),
+    }
+    for name, values in arguments.items():
+        operator = getattr(torch.ops.moe_gpu, name).default
+        torch.library.opcheck(operator, values, test_utils=("test_faketensor", "test_aot_dispatch_dynamic"))
+
+
 def test_mistakes_are_refused():
     problem = make_fp8_problem(PLAIN, torch.bfloat16, "cpu")
     ops, w = TritonExpertOps("cpu"), problem.weights
