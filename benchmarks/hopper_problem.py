@@ -9,7 +9,7 @@ import torch
 
 from moe_gpu.benchmark.problem import sample_choices
 from moe_gpu.config import MoEConfig
-from moe_gpu.reference import ExpertWeights
+from moe_gpu.reference import ExpertWeights, QuantisedExperts
 from moe_gpu.triton_kernels.ops import TritonExpertOps
 
 CHECKED_TOKENS = 64
@@ -54,11 +54,11 @@ class Problem:
     def flops(self, mode: str) -> int:
         return self.config.forward_flops(self.ids.numel()) * (1 if mode == "forward" else 3)
 
-    def min_bytes(self) -> int:
-        """Of a forward pass: the weights that are hit, input and output, once each."""
+    def min_bytes(self, weight_bytes: int = 2) -> int:
+        """Of a forward pass: the weights that are hit (not their scales, if any), input and output, once each."""
         hit = int(torch.bincount(self.ids.flatten().long(), minlength=self.config.num_experts).count_nonzero())
         rows = self.num_tokens * (self.config.input_dim + self.config.expert_dim)
-        return 2 * (hit * self.config.parameters_per_expert + rows)
+        return weight_bytes * hit * self.config.parameters_per_expert + 2 * rows
 
     @functools.cached_property
     def checked(self) -> torch.Tensor:
@@ -95,6 +95,6 @@ class Problem:
         return dict(max_error=error, allowed_error=allowed)
 
 
-def run_ours(p: Problem, ops: TritonExpertOps, weights: ExpertWeights | None = None) -> torch.Tensor:
+def run_ours(p: Problem, ops: TritonExpertOps, weights: ExpertWeights | QuantisedExperts | None = None) -> torch.Tensor:
     routing = ops.sort_routes(p.ids, p.scores, p.config.num_experts)
     return ops.experts(p.x, routing, weights or ExpertWeights(p.up, p.down))

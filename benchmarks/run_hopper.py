@@ -4,7 +4,8 @@ bf16, ids and weights given: sorting the routes, experts, combine. Each table is
 L2: `training` (forward and forward+backward, peak memory; beside them `bmm`, the two or six matrix products over equal
 groups as cuBLAS batched products, without gather, activation or combine), `decode` and `skew` (CUDA graphs that rotate
 copies of the weights, beside vLLM's experts and OpenAI's triton_kernels; skew's largest sizes eager and ours alone),
-`budget` (the same products on fewer SMs) and `precision` (are repeats equal bit for bit). `--table` runs some only.
+`fp8` (weights in FP8 beside the same in bf16, in such graphs: by the rules, and by each way there is), `budget` (the
+same products on fewer SMs) and `precision` (are repeats equal bit for bit). `--table` runs some only.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from hopper_fp8 import WAYS, Way, copy_of, dequantised, quantise
 from hopper_peers import PEERS, Peer
 from hopper_problem import Problem, make_weights, run_ours
 
@@ -38,11 +40,11 @@ from moe_gpu.benchmark.timing import (
     warm_up,
 )
 from moe_gpu.config import PRESETS, MoEConfig
-from moe_gpu.reference import ExpertWeights
+from moe_gpu.reference import ExpertWeights, QuantisedExperts
 from moe_gpu.results import Finding, Row, describe_machine, write_rows
 from moe_gpu.triton_kernels.ops import TritonExpertOps
 
-TABLES = ("training", "decode", "skew", "budget", "precision")
+TABLES = ("training", "decode", "skew", "fp8", "budget", "precision")
 QWEN, MIXTRAL, OLMOE, DEEPSEEK = "qwen3-30b-a3b", "mixtral-8x7b", "olmoe-1b-7b", "deepseek-v3"
 TRAINING = [
     (QWEN, PRESETS[QWEN], 16384),
@@ -62,6 +64,7 @@ PEER_SIZES = (1, 8, 64, 256, 1024, 4096)  # each size may cost a peer a compilat
 ROUTINGS = ("uniform", "zipf-1.2")
 SKEWS = ("zipf-0.6", "zipf-1.2", "one-expert")
 SKEW_GRAPH_SIZES, SKEW_EAGER_SIZES = (256, 1024, 4096), (8192, 16384)
+FP8_SIZES = (1, 8, 64, 256, 1024, 4096)
 REPEATS = 100
 PRECISION = ((1, "forward"), (64, "forward"), (1024, "forward"), (16384, "forward"), (1024, "forward+backward"))
 COPY_BYTES = 400 << 20  # weights that together leave nothing of each other in the L2
@@ -161,7 +164,8 @@ class Recorder:
                 seconds = facts["p50_ms"] / 1e3
                 facts.update(flops=p.flops(mode), tflops=p.flops(mode) / seconds / 1e12)
                 if mode == "forward":
-                    facts.update(min_bytes=p.min_bytes(), gbps=p.min_bytes() / seconds / 1e9)
+                    facts.setdefault("min_bytes", p.min_bytes())
+                    facts.update(gbps=facts["min_bytes"] / seconds / 1e9)
             row = case.row(name, scope="experts", **facts)
             self.rows.append(row)
             shown = row.reason if row.p50_ms is None else f"{row.p50_ms:9.4f} ms {row.tflops or 0:6.0f} TFLOP/s"
@@ -277,6 +281,27 @@ def skew(recorder: Recorder, ops: TritonExpertOps) -> None:
             p = Problem(PRESETS[QWEN], num_tokens, routing, bench.stacked[0])
             builds: Builds = {"moe_gpu": lambda p=p: pass_job(p, lambda: run_ours(p, ops), "forward")}
             recorder.record(QWEN, p, "forward", "eager", builds, budget_s=GRAPH_BUDGET_S)
+
+
+def fp8_job(
+    p: Problem, ops: TritonExpertOps, way: Way, weights: Sequence[QuantisedExperts]
+) -> tuple[Job, dict[str, Any]]:
+    job, facts = graph_job(p, [functools.partial(way, p, ops, one) for one in weights])
+    return job, dict(facts, min_bytes=p.min_bytes(weight_bytes=1))
+
+
+def fp8(recorder: Recorder, ops: TritonExpertOps) -> None:
+    config = PRESETS[QWEN]
+    first = quantise(make_weights(config))
+    stacked = [first, copy_of(first), copy_of(first)]
+    assert len(stacked) * config.num_experts * config.parameters_per_expert > COPY_BYTES
+    plain = [dequantised(weights) for weights in stacked]
+    for num_tokens in FP8_SIZES:
+        p = Problem(config, num_tokens, "uniform", plain[0])
+        ours = [functools.partial(run_ours, p, ops, weights) for weights in plain]
+        builds: Builds = {"moe_gpu": lambda p=p, ours=ours: graph_job(p, ours)}
+        builds |= {name: functools.partial(fp8_job, p, ops, way, stacked) for name, way in WAYS.items()}
+        recorder.record(QWEN, p, "forward", "graph", builds, calls=len(stacked), budget_s=GRAPH_BUDGET_S)
 
 
 def count_unequal(p: Problem, run: Callable[[], tuple[torch.Tensor, ...]], repeats: int) -> int:

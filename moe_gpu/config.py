@@ -18,7 +18,7 @@ class Activation:
     gated: bool
 
 
-# No MappingProxyType: torch.compile refuses to trace one where any other dict changes, as in a model's cache.
+# A plain dict, since Dynamo refuses to read a mapping proxy once traced code has changed any dict.
 ACTIVATIONS: Mapping[str, Activation] = {
     activation.name: activation
     for activation in (

@@ -132,6 +132,46 @@ class ExpertWeights:
         return tuple(getattr(self, field.name) for field in fields(self))
 
 
+@dataclass(frozen=True)
+class QuantisedStack:
+    """FP8 weights and the scale of each block of them: a weight is its value times its block's scale.
+
+    values_ENK: float8_e4m3fn. scales_EBC: float32 or float8_e8m0fnu, each of N / B rows and K / C columns, whole
+    blocks; one scale for all is B = C = 1.
+    """
+
+    values_ENK: torch.Tensor
+    scales_EBC: torch.Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """(E, N, K)."""
+        return self.values_ENK.shape
+
+
+@dataclass(frozen=True)
+class QuantisedExperts:
+    """`ExpertWeights` of depth 1 in FP8, for inference; biases have the activations' dtype."""
+
+    up_EGH: QuantisedStack
+    down_EOI: QuantisedStack
+    up_bias_EG: torch.Tensor | None = None
+    down_bias_EO: torch.Tensor | None = None
+
+
+def dequantise_reference(values_ENK: torch.Tensor, scales_EBC: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Value times scale, multiplied in float32 (float64 for float64) and rounded once to `dtype`.
+
+    16-bit numbers hold every value, so that nothing wider is ever made of them.
+    """
+    out = values_ENK.detach().to(dtype)
+    experts, across, along = scales_EBC.shape
+    rows, columns = (size // count for size, count in zip(out.shape[1:], (across, along), strict=True))
+    scales = scales_EBC.detach().float().to(torch.promote_types(dtype, torch.float32))
+    out.view(experts, across, rows, along, columns).mul_(scales[:, :, None, :, None])
+    return out
+
+
 def apply_function(function: str, x: torch.Tensor) -> torch.Tensor:
     """`silu`, `gelu` (exact), `gelu_tanh` or `relu`, elementwise."""
     if function == "silu":

@@ -207,12 +207,14 @@ def quantise(weight: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor
     return values, scale
 
 
-def make_fp8(scale_fmt: str = "float", block: tuple[int, int] | None = (16, 8)) -> tuple[nn.Module, nn.Module]:
+def make_fp8(
+    scale_fmt: str = "float", block: tuple[int, int] | None = (16, 8), **changes: Any
+) -> tuple[nn.Module, nn.Module]:
     """A model whose experts are transformers' FP8Experts, and its twin with the dequantised values in float32."""
     from transformers import FineGrainedFP8Config
     from transformers.integrations.finegrained_fp8 import replace_with_fp8_linear
 
-    twin = make_model("qwen3_moe")
+    twin = make_model("qwen3_moe", **changes)
     model = copy.deepcopy(twin)
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     config = FineGrainedFP8Config(weight_block_size=block, scale_fmt=scale_fmt)
@@ -232,3 +234,23 @@ def make_fp8(scale_fmt: str = "float", block: tuple[int, int] | None = (16, 8)) 
             full = scale.float().repeat_interleave(rows, 1).repeat_interleave(columns, 2)
             getattr(plain, name).data.copy_(values.float() * full)
     return model, twin
+
+
+READ_AS_FP8 = dict(block=(32, 32), hidden_size=64, moe_intermediate_size=32, std=0.1)
+"""What make_fp8 takes for widths that kernels read as FP8."""
+
+
+def check_fp8_error_rule(model: nn.Module, twin: nn.Module, dtype: torch.dtype, num_tokens: int = 40) -> None:
+    """The first experts of make_fp8's models in inference: against transformers' loop on the dequantised weights.
+
+    The truth is that of the exact weights, in float64.
+    """
+    experts, plain = experts_of(model)[0], experts_of(twin)[0]
+    hidden, ids, weights = routes(plain, num_tokens, str(model.device))
+    hidden, weights = hidden.to(dtype), weights.to(dtype)
+    with torch.no_grad():
+        got = serve(experts, hidden, ids, weights)
+        truth = type(plain).forward(copy.deepcopy(plain).double(), hidden.double(), ids, weights.double())
+        same = type(plain).forward(copy.deepcopy(plain).to(dtype), hidden, ids, weights)
+    assert got.dtype == dtype
+    check_close("FP8 experts", got, same, truth, dtype)

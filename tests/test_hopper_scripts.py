@@ -28,9 +28,8 @@ def scripts(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     for name in ("vllm", "triton_kernels"):
         monkeypatch.setitem(sys.modules, name, None)
-    return SimpleNamespace(
-        problem=import_module("hopper_problem"), peers=import_module("hopper_peers"), run=import_module("run_hopper")
-    )
+    names = {"problem": "hopper_problem", "peers": "hopper_peers", "fp8": "hopper_fp8", "run": "run_hopper"}
+    return SimpleNamespace(**{name: import_module(module) for name, module in names.items()})
 
 
 @pytest.fixture
@@ -66,7 +65,7 @@ def install(monkeypatch, name, **attributes):
 
 
 def test_arguments_and_a_machine_without_a_gpu_end_in_one_line(scripts, tmp_path, monkeypatch, capsys):
-    assert scripts.run.TABLES == ("training", "decode", "skew", "budget", "precision")
+    assert scripts.run.TABLES == ("training", "decode", "skew", "fp8", "budget", "precision")
     assert all(callable(getattr(scripts.run, name)) for name in scripts.run.TABLES)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for arguments, said in (([], "needs an NVIDIA GPU"), (["--table", "encode"], "invalid choice: 'encode'")):
@@ -210,6 +209,47 @@ def test_decode_and_skew_record_every_provider_of_every_problem(scripts, recorde
     assert [row.routing for row in eager] == ["uniform", "zipf-0.6", "zipf-1.2", "one-expert"]
     assert {(row.provider, row.status, row.num_tokens) for row in eager} == {("moe_gpu", "ok", 300)}
     assert "unavailable" not in capsys.readouterr().err
+
+
+def test_fp8_records_every_way_beside_bfloat16(scripts, recorder, monkeypatch):
+    run, ops = scripts.run, TritonExpertOps("cpu")
+    monkeypatch.setattr(run, "FP8_SIZES", (1, 8))
+
+    def wrong(p, ops, weights):
+        return torch.zeros_like(p.x)
+
+    rules = run.WAYS["moe_gpu fp8"]
+    monkeypatch.setattr(run, "WAYS", {"moe_gpu fp8": rules, "twin": lambda p, ops, w: rules(p, ops, w), "wrong": wrong})
+    run.fp8(recorder, ops)
+    rows = select(read_rows(recorder.path), BenchmarkRow)
+    assert [(row.num_tokens, row.provider, row.status) for row in rows] == [
+        (t, *outcome)
+        for t in (1, 8)
+        for outcome in (("moe_gpu", "ok"), ("moe_gpu fp8", "ok"), ("twin", "ok"), ("wrong", "failed"))
+    ]
+    assert {row.launch for row in rows} == {"graph"}
+    plain, fp8 = rows[:2]
+    weights = 3 * CONFIG.parameters_per_expert  # of the experts that one token hits
+    assert plain.min_bytes - fp8.min_bytes == weights
+    assert fp8.min_bytes == weights + 2 * 2 * CONFIG.input_dim
+
+
+def test_fp8_weights_by_powers_of_two_are_exact_in_bfloat16(scripts):
+    weights = scripts.problem.make_weights(CONFIG, "cpu")
+    quantised = scripts.fp8.quantise(weights)
+    plain = scripts.fp8.dequantised(quantised)
+    for stack, w, before in zip(
+        (quantised.up_EGH, quantised.down_EOI),
+        (plain.up_EGH, plain.down_EOI),
+        (weights.up_EGH, weights.down_EOI),
+        strict=True,
+    ):
+        exact = scripts.fp8.dequantise_reference(stack.values_ENK, stack.scales_EBC, torch.float64)
+        assert torch.equal(w.double(), exact)
+        assert stack.values_ENK.float().abs().max() > 224  # the range is used, and not overrun
+        torch.testing.assert_close(w, before, rtol=2**-3, atol=2.0**-9 * stack.scales_EBC.max().item())
+    copied = scripts.fp8.copy_of(quantised)
+    assert copied.up_EGH.values_ENK.data_ptr() != quantised.up_EGH.values_ENK.data_ptr()
 
 
 def test_repeats_are_compared_bit_for_bit(scripts, problem):

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from moe_gpu import ExpertProfiler, disable, enable
+from moe_gpu.huggingface.layout import known_fp8_gate
 from tests.test_imports import BLOCK
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -30,6 +31,7 @@ from tests.huggingface_cases import (  # noqa: E402
     MODELS,
     VOCABULARY,
     check_error_rule,
+    check_fp8_error_rule,
     check_outcome,
     experts_of,
     make_fp8,
@@ -446,6 +448,59 @@ def test_fp8_experts_are_served_by_dequantised_weights(scale_fmt, block):
         model.generate(prompt(), max_new_tokens=4, do_sample=False),
         twin.generate(prompt(), max_new_tokens=4, do_sample=False),
     )
+
+
+@pytest.mark.parametrize("switches", [{}, {"limit": 0.05}, {"swiglu_alpha": 1.7, "swiglu_limit": 0.05}], ids=str)
+def test_the_gate_of_fp8_experts_is_fused_where_it_is_the_default_one(switches):
+    model, twin = make_fp8()
+    experts, plain = experts_of(model)[0], experts_of(twin)[0]
+    for name, value in switches.items():
+        setattr(experts, name, value)
+    report = enable(model)
+    assert report.modules[0].layout.endswith("own gate" if switches else "swiglu")
+    hidden, ids, weights = routes(experts)
+    expected = torch.zeros_like(hidden)
+    for k in range(ids.shape[1]):
+        for token, expert in enumerate(ids[:, k].tolist()):
+            a = experts._apply_gate((plain.gate_up_proj[expert] @ hidden[token])[None])[0]
+            expected[token] += weights[token, k] * (plain.down_proj[expert] @ a)
+    with torch.no_grad():
+        torch.testing.assert_close(serve(experts, hidden, ids, weights), expected, atol=1e-5, rtol=1e-5)
+    experts_of(model)[0].limit = 0.05  # noticed without enabling anew
+    with torch.no_grad():
+        same = torch.equal(serve(experts, hidden, ids, weights), expected)
+    assert not same
+
+
+def test_a_gate_of_fp8_experts_that_is_not_known_is_not_taken_for_the_default_one():
+    class Experts:
+        def _apply_gate(self, gate_up):
+            gate, up = gate_up.chunk(2, dim=-1)
+            return self.act_fn(gate + self.offset) * up
+
+    assert known_fp8_gate(Experts) is None
+    assert known_fp8_gate(object) is None
+
+
+def test_fp8_experts_in_bfloat16_are_no_worse_than_twice_eager():
+    check_fp8_error_rule(*make_fp8(), torch.bfloat16)
+
+
+def test_transposed_or_mixed_fp8_weights_are_dequantised():
+    model, twin = make_fp8(block=(8, 8))
+    experts, plain = experts_of(model)[0], experts_of(twin)[0]
+    hidden, ids, weights = routes(plain)
+    expected = serve(plain, hidden, ids, weights)
+    experts.down_proj = plain.down_proj
+    assert "only one of its weights is FP8" in enable(model).modules[0].how
+    torch.testing.assert_close(serve(experts, hidden, ids, weights), expected, atol=1e-5, rtol=1e-5)
+    experts = experts_of(make_fp8(block=(8, 8))[0])[0]
+    for name in ("gate_up_proj", "down_proj"):
+        for stack in (name, f"{name}_scale_inv"):
+            turned = getattr(experts, stack).data.transpose(1, 2).contiguous()
+            setattr(experts, stack, nn.Parameter(turned, requires_grad=False))
+    experts.is_transposed = True
+    torch.testing.assert_close(serve(experts, hidden, ids, weights), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_fp8_experts_take_the_implementation_by_name():

@@ -19,12 +19,23 @@ from moe_gpu.expert_cache import ExpertCache
 from moe_gpu.huggingface.attachment import Attachment
 from moe_gpu.huggingface.coverage import CoverageReport, ModuleCoverage
 from moe_gpu.huggingface.flags import device_of, features, features_of, get_performance_stats, use_slice
-from moe_gpu.huggingface.forward import backend_of
+from moe_gpu.huggingface.forward import backend_of, operations
 from moe_gpu.huggingface.host_weights import HostWeights, copies_on_host, put_back, why_not_from_slots
 from moe_gpu.huggingface.interface import NAME, register
-from moe_gpu.huggingface.layout import ATTACHMENT, FP8, Conventions, describe, in_interface, stored, up_name, why_not
+from moe_gpu.huggingface.layout import (
+    ATTACHMENT,
+    FP8,
+    Conventions,
+    describe,
+    in_interface,
+    quantised_stacks,
+    stored,
+    up_name,
+    why_not,
+)
 from moe_gpu.layer_energy import EnergyReader, LayerEnergy
 from moe_gpu.profiler import ExpertProfiler
+from moe_gpu.triton_kernels.ops import TritonExpertOps
 
 __all__ = [
     "NAME",
@@ -186,9 +197,24 @@ def _examine(name: str, module: Any, conventions: Conventions, layer_index: int)
     up = getattr(module, up_name(module))
     backend = backend_of(module)
     if up.dtype == FP8:
-        how += ", weights dequantised on every call, activations not quantised"
+        how += f", {_how_fp8(module)}, activations not quantised"
     layout = describe(module, activation)
     return ModuleCoverage(name, layout, backend.name, f"{how}; {backend.reason}", layer_index=layer_index)
+
+
+def _how_fp8(module: Any) -> str:
+    reason = _why_dequantised(module)
+    if reason is None:
+        return "weights read as FP8 by inference in 16 bits, else dequantised on every call"
+    return f"weights dequantised on every call ({reason})"
+
+
+def _why_dequantised(module: Any) -> str | None:
+    """Why no kernel reads the FP8 weights of a module as they are, or None."""
+    ops = operations(getattr(module, up_name(module)).device)
+    stacks = quantised_stacks(module)
+    reasons = [ops.fp8_reason(stack) for stack in stacks] or ["only one of its weights is FP8, or they are transposed"]
+    return next(filter(None, reasons), None)
 
 
 def _nothing_covered(rows: list[ModuleCoverage]) -> str:
@@ -240,8 +266,9 @@ def _why_no_graph(experts: Any) -> str | None:
         weight = stored(experts, name)
         if hasattr(weight, "to_local"):
             return f"{name} is sharded: what its forward reads comes and goes"
-        if weight.dtype == FP8:
-            return f"{name} is float8: each graph would keep memory for the layer's dequantised weights"
+        reason = _why_dequantised(experts) if weight.dtype == FP8 else None
+        if reason is not None:
+            return f"{name} is float8 and dequantised: each graph would keep memory for that ({reason})"
     return None
 
 

@@ -11,7 +11,7 @@ import torch
 from moe_gpu.huggingface.attachment import Attachment
 from moe_gpu.huggingface.host_weights import expert_weights
 from moe_gpu.huggingface.layout import ATTACHMENT, FP8, Conventions, compute_dtype, read_weights, stored, up_name
-from moe_gpu.reference import ExpertWeights, Routing
+from moe_gpu.reference import ExpertWeights, QuantisedExperts, Routing
 from moe_gpu.triton_kernels.ops import Backend, TritonExpertOps
 
 _OPS: dict[tuple[str, int | None, int | None], TritonExpertOps] = {}
@@ -84,9 +84,9 @@ def _compute(
     if attachment is not None and attachment.hbm is not None:
         return _from_slots(experts, attachment, activation, hidden_states, top_k_index, top_k_weights)
     ops = operations(hidden_states.device, None if attachment is None else attachment.sm_budget)
-    weights = read_weights(experts, hidden_states)
-    x_TH = hidden_states.to(weights.up_EGH.dtype)
-    routing = _route(ops, attachment, x_TH.dtype, top_k_index, top_k_weights, weights.up_EGH.shape[0])
+    weights, dtype = read_weights(experts, hidden_states)
+    x_TH = hidden_states.to(dtype)
+    routing = _route(ops, attachment, dtype, top_k_index, top_k_weights, weights.up_EGH.shape[0])
     if activation is None:
         out_TO = _experts_with_own_gate(ops, experts, x_TH, routing, weights)
     else:
@@ -133,7 +133,7 @@ def _from_slots(
 
 
 def _experts_with_own_gate(
-    ops: TritonExpertOps, experts: Any, x_TH: torch.Tensor, routing: Routing, weights: ExpertWeights
+    ops: TritonExpertOps, experts: Any, x_TH: torch.Tensor, routing: Routing, weights: ExpertWeights | QuantisedExperts
 ) -> torch.Tensor:
     rows_RH = ops.permute(x_TH, routing)
     h_RG = ops.grouped_gemm(rows_RH, weights.up_EGH, routing.offsets_P, weights.up_bias_EG)

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from moe_gpu.config import ACTIVATIONS
-from moe_gpu.reference import ExpertWeights
+from moe_gpu.reference import ExpertWeights, QuantisedExperts, QuantisedStack, dequantise_reference
 
 ATTACHMENT = "_moe_gpu"
 """The attribute that `enable` gives a module: its Attachment."""
@@ -27,15 +27,22 @@ FP8 = torch.float8_e4m3fn
 _FLAGS = ("config", "has_gate", "has_bias", "is_transposed")
 # What experts may have beyond their weights; a later transformers may know more.
 _KNOWN = ("has_gate", "has_bias", "has_post_expert_norm")
+# What switches the gate of FP8Experts from the default one to others, and what else its code names.
+_FP8_SWITCHES = ("swiglu_alpha", "swiglu_limit", "limit")
+_FP8_GATE_NAMES = {*_FP8_SWITCHES, "chunk", "clamp", "torch", "sigmoid", "act_fn"}
 _GATED = {activation.function: activation.name for activation in ACTIVATIONS.values() if activation.gated}
 
 
 @dataclass(frozen=True)
 class Conventions:
-    """What transformers itself defines: its default gate, and the function that each of its activation classes is."""
+    """What transformers itself defines: its default gate, and the function that each of its activation classes is.
+
+    fp8_gate: that of FP8Experts, which is the default one unless a switch is set; None where its code is not known.
+    """
 
     default_gate: Any
     functions: Mapping[type, str]
+    fp8_gate: Any = None
 
     def activation_of(self, experts: Any) -> str | None:
         """The activation of `config.ACTIVATIONS` that kernels may apply in the module's place; None: call its own."""
@@ -44,9 +51,12 @@ class Conventions:
             return None  # it comes between the experts and their weighted sum
         if function is None or not experts.has_gate:
             return function
-        # By the class, as a traced call cannot see the function behind a bound method.
-        default = type(experts)._apply_gate is self.default_gate and "_apply_gate" not in experts.__dict__
-        return _GATED[function] if default else None
+        # From the class: of a bound method, Dynamo answers getattr(..., "__func__", None) with None.
+        own_gate = None if "_apply_gate" in experts.__dict__ else type(experts)._apply_gate
+        plain = own_gate is self.default_gate
+        if own_gate is not None and own_gate is self.fp8_gate:
+            plain = all(getattr(experts, switch, None) is None for switch in _FP8_SWITCHES)
+        return _GATED[function] if plain else None
 
     def _function_of(self, act_fn: Any) -> str | None:
         if isinstance(act_fn, nn.Module) and (act_fn._forward_hooks or act_fn._forward_pre_hooks):
@@ -54,6 +64,13 @@ class Conventions:
         if type(act_fn) is nn.GELU:
             return "gelu" if act_fn.approximate == "none" else "gelu_tanh"
         return self.functions.get(type(act_fn))
+
+
+def known_fp8_gate(experts_class: type) -> Any:
+    """The gate of transformers' FP8Experts, or None where its code asks for what is not known here."""
+    gate = vars(experts_class).get("_apply_gate")
+    code = getattr(gate, "__code__", None)
+    return gate if code is not None and set(code.co_names) <= _FP8_GATE_NAMES else None
 
 
 def in_interface(module: Any) -> bool:
@@ -148,11 +165,12 @@ def describe(experts: Any, activation: str | None) -> str:
     return f"{text}, {activation or own}"
 
 
-def read_weights(experts: Any, like: torch.Tensor) -> ExpertWeights:
-    """The weights in the dtype that the products take, each read once: a parametrised one is computed on reading.
+def read_weights(experts: Any, like: torch.Tensor) -> tuple[ExpertWeights | QuantisedExperts, torch.dtype]:
+    """The weights and the dtype that the products take, each read once: a parametrised one is computed on reading.
 
     That dtype is autocast's where autocast is on, else the weights' own, as in transformers' grouped_mm; for FP8
-    weights that of `like`. Transposed weights are views. Raises ValueError for weights that cannot be served.
+    weights that of `like`. Weights are converted into it, but for FP8 weights that kernels may read as they are.
+    Transposed weights are views. Raises ValueError for weights that cannot be served.
     """
     names = (up_name(experts), "down_proj")
     raw = [getattr(experts, name) for name in names]
@@ -164,14 +182,19 @@ def read_weights(experts: Any, like: torch.Tensor) -> ExpertWeights:
             f"the experts' weights are on {raw[0].device} and the hidden states on {like.device}; call model.to(...)"
         )
     dtype = compute_dtype(like, raw)
-    stacked, biases = [], []
-    for name, tensor in zip(names, raw, strict=True):
-        if tensor.dtype == FP8:
-            tensor = _dequantise(experts, name, tensor)
-        tensor = tensor.to(dtype)
-        stacked.append(tensor.transpose(1, 2) if experts.is_transposed else tensor)
-        biases.append(getattr(experts, f"{name}_bias").to(dtype) if experts.has_bias else None)
-    return ExpertWeights(stacked[0], stacked[1], up_bias_EG=biases[0], down_bias_EO=biases[1])
+    biases = [getattr(experts, f"{name}_bias").to(dtype) if experts.has_bias else None for name in names]
+    quantised = [
+        _quantised(experts, name, tensor) if tensor.dtype == FP8 else None
+        for name, tensor in zip(names, raw, strict=True)
+    ]
+    up, down = quantised
+    if up is not None and down is not None and not experts.is_transposed:
+        return QuantisedExperts(up, down, *biases), dtype
+    stacked = []
+    for tensor, stack in zip(raw, quantised, strict=True):
+        plain = tensor.to(dtype) if stack is None else dequantise_reference(stack.values_ENK, stack.scales_EBC, dtype)
+        stacked.append(plain.transpose(1, 2) if experts.is_transposed else plain)
+    return ExpertWeights(stacked[0], stacked[1], up_bias_EG=biases[0], down_bias_EO=biases[1]), dtype
 
 
 def compute_dtype(like: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.dtype:
@@ -208,13 +231,20 @@ def _why_not_fp8(experts: Any, name: str, weight: torch.Tensor) -> str | None:
     return None
 
 
-def _dequantise(experts: Any, name: str, weight: torch.Tensor) -> torch.Tensor:
-    """Float32 values of FP8 weights: each block times its scale. No gradient goes to them."""
+def _quantised(experts: Any, name: str, weight: torch.Tensor) -> QuantisedStack:
+    """FP8 weights, as they lie, with their scales. No gradient goes to them."""
     reason = _why_not_fp8(experts, name, weight)
     if reason:
         raise ValueError(f"moe_gpu cannot serve these experts: {reason}")
     scale = getattr(experts, f"{name}_scale_inv").detach()
-    rows, columns = _blocks(experts, weight, scale)
-    assert rows is not None and columns is not None  # noqa: PT018 as just checked
-    blocks = weight.detach().float().view(weight.shape[0], scale.shape[1], rows, scale.shape[2], columns)
-    return (blocks * scale.float()[:, :, None, :, None]).view(weight.shape)
+    if scale.dtype != torch.float8_e8m0fnu:
+        scale = scale.float()
+    return QuantisedStack(weight.detach(), scale)
+
+
+def quantised_stacks(experts: Any) -> list[QuantisedStack]:
+    """Both weights of a served module where they are such FP8 weights as kernels may read, else none."""
+    raw = {name: getattr(experts, name) for name in (up_name(experts), "down_proj")}
+    if experts.is_transposed or any(tensor.dtype != FP8 for tensor in raw.values()):
+        return []
+    return [_quantised(experts, name, tensor) for name, tensor in raw.items()]

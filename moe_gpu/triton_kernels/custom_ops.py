@@ -14,8 +14,9 @@ import torch
 
 from moe_gpu.config import RouterConfig
 from moe_gpu.triton_kernels import routing
-from moe_gpu.triton_kernels.decode import decode_config, decode_forward, decode_unsupported
+from moe_gpu.triton_kernels.decode import decode_config, decode_forward, decode_unsupported, fp8_decode_config
 from moe_gpu.triton_kernels.expert_mlp import expert_mlp_forward
+from moe_gpu.triton_kernels.fp8 import dequantise, step_depth
 from moe_gpu.triton_kernels.gather_scatter import (
     combine_forward,
     grad_bias,
@@ -50,6 +51,11 @@ _SCHEMAS = {
     " -> (Tensor, Tensor, Tensor)",
     "experts_backward": f"(Tensor grad_out, Tensor x, Tensor weights, Tensor ids, {_ROUTES}, {_WEIGHTS}, Tensor h,"
     " Tensor h2, bool need_x, bool need_weights) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "experts_quantised": f"(Tensor x, Tensor weights, Tensor ids, {_ROUTES}, Tensor up, Tensor down, Tensor up_scales,"
+    " Tensor down_scales, Tensor? up_bias, Tensor? down_bias, str activation, int? sm_budget) -> Tensor",
+    "grouped_gemm_quantised": "(Tensor a, Tensor w, Tensor scales, Tensor? bias, Tensor offsets, int? sm_budget)"
+    " -> Tensor",
+    "dequantise": "(Tensor values, Tensor scales, ScalarType dtype) -> Tensor",
     "permute": f"(Tensor x, {_ROUTES}) -> Tensor",
     "combine": f"(Tensor y, Tensor weights, {_ROUTES}) -> Tensor",
     "combine_backward": f"(Tensor grad_out, Tensor y, Tensor weights, {_ROUTES}) -> (Tensor, Tensor)",
@@ -188,6 +194,28 @@ def _rows(
     return y, h, h2
 
 
+def _experts_quantised(x, weights, ids, row_route, row_of_route, offsets, up, down, up_scales, down_scales, *rest):
+    up_bias, down_bias, activation, sm_budget = rest
+    top_k, num_rows, num_experts = ids.shape[1], row_route.shape[0], up.shape[0]
+    x = row_contiguous(x)
+    products = Products.of((x,), (up, down), offsets, num_rows, sm_budget)
+    by_decode = decode_unsupported(x, num_rows, num_experts, 1, False, sm_budget) is None
+    if by_decode and products.reads_fp8(up, up_scales) and products.reads_fp8(down, down_scales):
+        config = fp8_decode_config(num_rows, step_depth(up, up_scales), step_depth(down, down_scales))
+        y = decode_forward(
+            x, row_route, offsets, top_k, up, down, activation, config, up_bias, down_bias, None, up_scales, down_scales
+        )
+    else:
+        gather: dict[str, Any] = {"route_R": row_route, "top_k": top_k, "activation": activation}
+        a, _ = products.forward("up", x, up, up_scales, bias_EN=up_bias, **gather)
+        y, _ = products.forward("down", a, down, down_scales, bias_EN=down_bias)
+    return combine_forward(y, row_of_route, weights, x.dtype)
+
+
+def _experts_quantised_fake(x, weights, ids, row_route, row_of_route, offsets, up, down, *rest):
+    return x.new_empty(x.shape[0], down.shape[1])
+
+
 def expert_rows(*arguments: Any, tiled_experts: int, out: torch.Tensor | None) -> torch.Tensor:
     """`_rows` for inference, of the arguments of the operator `experts` up to `sm_budget`."""
     return _rows(_Operands(*arguments), False, tiled_experts, out)[0]
@@ -295,6 +323,24 @@ def _grouped_gemm(a, w, bias, offsets, sm_budget):
 
 def _grouped_gemm_fake(a, w, bias, offsets, sm_budget):
     return a.new_empty(a.shape[0], w.shape[1])
+
+
+def _grouped_gemm_quantised(a, w, scales, bias, offsets, sm_budget):
+    a = row_contiguous(a)
+    products = Products.of((a,), (w,), offsets, a.shape[0], sm_budget)
+    return products.forward("down", a, w, scales, bias_EN=bias, zero_tail=True)[0]
+
+
+def _grouped_gemm_quantised_fake(a, w, scales, bias, offsets, sm_budget):
+    return a.new_empty(a.shape[0], w.shape[1])
+
+
+def _dequantise(values, scales, dtype):
+    return dequantise(values, scales, dtype)
+
+
+def _dequantise_fake(values, scales, dtype):
+    return torch.empty_like(values, dtype=dtype)
 
 
 def _grouped_gemm_backward(grad, a, w, bias, offsets, sm_budget):

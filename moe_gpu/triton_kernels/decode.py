@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from moe_gpu.config import ACTIVATIONS
+from moe_gpu.triton_kernels.fp8 import as_dtype_of, load_scales, scale_bits, scale_block, scale_rows
 from moe_gpu.triton_kernels.grouped_gemm import apply_function, row_contiguous, shared_bytes
 from moe_gpu.triton_kernels.launch import launch, pdl_options, wait_for_previous
 from moe_gpu.triton_kernels.tuning import HOPPER_SHARED_BYTES, cdiv, next_power_of_2
@@ -23,13 +24,14 @@ MIN_CAPABILITY = (9, 0)
 # 2048 by 768, bfloat16), against the grouped products: one token 25.8 against 29.2 us, two 44.6 against 47.4, eight
 # 123.7 against 125.3 (printed, not recorded).
 DECODE_MAX_ROWS_PER_EXPERT = 1
-LINE_ELEMENTS = tl.constexpr(64)  # 16-bit weights in a cache line
+LINE_BITS = tl.constexpr(8 * 128)  # of a cache line
 
 
 @triton.jit
 def _prefetch_rows(rows, depth, LINES: tl.constexpr):
-    """Ask for the first LINES cache lines of each contiguous row of 16-bit weights; nothing is read."""
-    column = tl.minimum(tl.arange(0, LINES) * LINE_ELEMENTS, depth - 1)
+    """Ask for the first LINES cache lines of each contiguous row of weights; nothing is read."""
+    weights: tl.constexpr = LINE_BITS // rows.dtype.element_ty.primitive_bitwidth
+    column = tl.minimum(tl.arange(0, LINES) * weights, depth - 1)
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
         "=r,l",
@@ -68,19 +70,29 @@ def _weights_by_rows(
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
     BY_COLUMN: tl.constexpr,
+    s_rows,  # (M,) pointers to the first scale of each FP8 weight row
+    SCALE_K: tl.constexpr,
 ):
-    """(M, BLOCK_M) float32: weight rows times activation rows over k."""
+    """(M, BLOCK_M) float32: weight rows times activation rows over k; FP8's scales as in `accumulate`."""
     k = tl.arange(0, BLOCK_K)
     w_ptrs = w_rows[:, None] + k.to(tl.int64)[None, :] * w_stride
     x_ptrs = x_ptrs[None, :] + k[:, None]
     acc = tl.zeros((M, BLOCK_M), tl.float32)
+    if SCALE_K > 0:
+        scale = load_scales(s_rows, 0, depth, SCALE_K)
     for start in range(0, depth, BLOCK_K):
+        if SCALE_K > 0:
+            next_scale = load_scales(s_rows, start + BLOCK_K, depth, SCALE_K)
         if EVEN_K and not BY_COLUMN:
             w = tl.load(w_ptrs)
         else:
             w = tl.load(w_ptrs, mask=inside[:, None] & (k < depth - start)[None, :], other=0.0)
         x = tl.load(x_ptrs) if EVEN_K else tl.load(x_ptrs, mask=(k < depth - start)[:, None], other=0.0)
-        acc = tl.dot(w, x, acc)
+        if SCALE_K > 0:
+            acc += tl.dot(as_dtype_of(x, w), x) * scale[:, None]
+            scale = next_scale
+        else:
+            acc = tl.dot(w, x, acc)
         w_ptrs += BLOCK_K * w_stride
         x_ptrs += BLOCK_K
     return acc
@@ -92,6 +104,7 @@ def _decode_up_kernel(
     route_ptr,  # (R,) int32
     offsets_ptr,  # (P,) int32
     w_ptr,  # (E, I or 2I, H) by strides
+    scale_ptr,  # (E, blocks of I or 2I, blocks of H); unused unless SCALE_K
     bias_ptr,  # (E, I or 2I); unused unless HAS_BIAS
     a_ptr,  # (R, I)
     E,
@@ -107,6 +120,8 @@ def _decode_up_kernel(
     HAS_BIAS: tl.constexpr,
     EVEN_K: tl.constexpr,
     BY_COLUMN: tl.constexpr,
+    SCALE_N: tl.constexpr,
+    SCALE_K: tl.constexpr,
     PDL: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -126,7 +141,13 @@ def _decode_up_kernel(
         w_rows = w_ptr + expert.to(tl.int64) * w_stride_e + row.to(tl.int64) * w_stride_n
         routes = tl.load(route_ptr + rows, mask=live, other=0)
         x_rows = x_ptr + (routes // TOP_K).to(tl.int64) * x_stride
-        acc = _weights_by_rows(w_rows, x_rows, n < I, H, w_stride_k, M, BLOCK_M, BLOCK_K, EVEN_K, BY_COLUMN)
+        s_rows = None
+        if SCALE_K > 0:
+            scaled = tl.minimum(n, I - 1) + m // BLOCK_N * I
+            s_rows = scale_rows(scale_ptr, expert, scaled, I * HALVES, H, SCALE_N, SCALE_K)
+        acc = _weights_by_rows(
+            w_rows, x_rows, n < I, H, w_stride_k, M, BLOCK_M, BLOCK_K, EVEN_K, BY_COLUMN, s_rows, SCALE_K
+        )
         if HAS_BIAS:
             bias = tl.load(bias_ptr + expert.to(tl.int64) * (I * HALVES) + row, mask=n < I, other=0.0)
             acc += bias.to(tl.float32)[:, None]
@@ -145,6 +166,7 @@ def _decode_down_kernel(
     a_ptr,  # (R, I)
     offsets_ptr,  # (P,) int32
     w_ptr,  # (E, O, I) by strides
+    scale_ptr,  # (E, blocks of O, blocks of I); unused unless SCALE_K
     bias_ptr,  # (E, O); unused unless HAS_BIAS
     y_ptr,  # (R, O) float32
     E,
@@ -156,6 +178,8 @@ def _decode_down_kernel(
     HAS_BIAS: tl.constexpr,
     EVEN_K: tl.constexpr,
     BY_COLUMN: tl.constexpr,
+    SCALE_N: tl.constexpr,
+    SCALE_K: tl.constexpr,
     PDL: tl.constexpr,
     PREFETCH: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -176,7 +200,12 @@ def _decode_down_kernel(
     if expert >= 0:
         w_rows = w_ptr + expert.to(tl.int64) * w_stride_e + safe * w_stride_n
         a_rows = a_ptr + rows.to(tl.int64) * I
-        acc = _weights_by_rows(w_rows, a_rows, n < O, I, w_stride_k, BLOCK_N, BLOCK_M, BLOCK_K, EVEN_K, BY_COLUMN)
+        s_rows = None
+        if SCALE_K > 0:
+            s_rows = scale_rows(scale_ptr, expert, tl.minimum(n, O - 1), O, I, SCALE_N, SCALE_K)
+        acc = _weights_by_rows(
+            w_rows, a_rows, n < O, I, w_stride_k, BLOCK_N, BLOCK_M, BLOCK_K, EVEN_K, BY_COLUMN, s_rows, SCALE_K
+        )
         if HAS_BIAS:
             bias = tl.load(bias_ptr + expert.to(tl.int64) * O + safe, mask=n < O, other=0.0)
             acc += bias.to(tl.float32)[:, None]
@@ -219,6 +248,15 @@ def decode_config(num_rows: int) -> DecodeConfig:
     return DecodeConfig(DecodeTile(64, 128, 4, 3), DecodeTile(64, 128, 4, 3))
 
 
+def fp8_decode_config(num_rows: int, up_step: int, down_step: int) -> DecodeConfig:
+    """As `decode_config` with as many bytes of FP8 weights on their way, not timed yet; products step that deep."""
+    up = DecodeTile(64, up_step, 8, 6) if num_rows <= 32 else DecodeTile(64, up_step, 4, 5)
+    if num_rows <= 16:
+        return DecodeConfig(up, DecodeTile(128, down_step, 8, 6), prefetch=4)
+    down = DecodeTile(128 if num_rows <= 64 else 64, down_step, 4, 5)
+    return DecodeConfig(up, down, prefetch=4 if num_rows <= 32 else 0)
+
+
 def decode_unsupported(
     x_TH: torch.Tensor, num_rows: int, num_experts: int, depth: int, save: bool, sm_budget: int | None
 ) -> str | None:
@@ -258,10 +296,12 @@ def decode_forward(
     up_bias_EG: torch.Tensor | None = None,
     down_bias_EO: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    up_scales_EBC: torch.Tensor | None = None,
+    down_scales_EBC: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The experts' rows (R, O) in float32, before the weighted combine; rows past the last offset are not written.
 
-    They go to `out` if it is given, else to new memory.
+    They go to `out` if it is given, else to new memory. The scales are those of FP8 weights (`fp8.py`).
     """
     x_TH = row_contiguous(x_TH)
     kind = ACTIVATIONS[activation]
@@ -272,6 +312,7 @@ def decode_forward(
     y = torch.empty(num_rows, output_dim, dtype=torch.float32, device=x_TH.device) if out is None else out
     if num_rows == 0:
         return y
+    up_block, down_block = scale_block(up_EGH, up_scales_EBC), scale_block(down_EOI, down_scales_EBC)
     row_tiles = min(num_rows, cdiv(num_rows, config.block_m) + min(num_experts, num_rows))
     shared = dict(BLOCK_E=next_power_of_2(num_experts), BLOCK_M=config.block_m, **pdl_options(x_TH.device))
     launch(
@@ -281,6 +322,7 @@ def decode_forward(
         row_route_R,
         offsets_P,
         up_EGH,
+        scale_bits(up_scales_EBC),
         None if up_bias_EG is None else up_bias_EG.contiguous(),
         a,
         num_experts,
@@ -294,6 +336,8 @@ def decode_forward(
         HAS_BIAS=up_bias_EG is not None,
         EVEN_K=input_dim % up.block_k == 0,
         BY_COLUMN=by_column(up_EGH),
+        SCALE_N=up_block[0],
+        SCALE_K=up_block[1],
         BLOCK_N=up.block_n,
         BLOCK_K=up.block_k,
         num_warps=up.num_warps,
@@ -306,6 +350,7 @@ def decode_forward(
         a,
         offsets_P,
         down_EOI,
+        scale_bits(down_scales_EBC),
         None if down_bias_EO is None else down_bias_EO.contiguous(),
         y,
         num_experts,
@@ -315,6 +360,8 @@ def decode_forward(
         HAS_BIAS=down_bias_EO is not None,
         EVEN_K=hidden_dim % down.block_k == 0,
         BY_COLUMN=by_column(down_EOI),
+        SCALE_N=down_block[0],
+        SCALE_K=down_block[1],
         PREFETCH=config.prefetch if down_EOI.stride(2) == 1 else 0,
         BLOCK_N=down.block_n,
         BLOCK_K=down.block_k,

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 
 from moe_gpu.config import ACTIVATIONS
-from moe_gpu.triton_kernels.grouped_gemm import _accumulate, _tile_ends, _tile_rows, apply_function, dot_precision
+from moe_gpu.triton_kernels.accumulate import accumulate
+from moe_gpu.triton_kernels.grouped_gemm import _tile_ends, _tile_rows, apply_function, dot_precision
 from moe_gpu.triton_kernels.launch import launch
 from moe_gpu.triton_kernels.tuning import MlpConfig, cdiv, next_power_of_2
 
@@ -67,7 +68,7 @@ def _expert_mlp_kernel(
         b2_ptrs = b_ptrs
         if GATED:
             b2_ptrs = up + k[:, None] * up_stride_k + (i_safe + I)[None, :] * up_stride_n
-        acc, acc2 = _accumulate(
+        acc, acc2 = accumulate(
             a_ptrs,
             b_ptrs,
             b2_ptrs,

@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 
 from moe_gpu.config import ACTIVATIONS
+from moe_gpu.triton_kernels.accumulate import accumulate
+from moe_gpu.triton_kernels.fp8 import scale_bits, scale_block, scale_rows
 from moe_gpu.triton_kernels.launch import launch
 from moe_gpu.triton_kernels.tuning import HOPPER_SHARED_BYTES, ROW_CLASSES, GemmConfig, cdiv, next_power_of_2
 
@@ -127,107 +129,11 @@ def _weight_columns(n, N, BY_COLUMN: tl.constexpr):
 
 
 @triton.jit
-def _load_weights(ptrs, k_left, n_inside, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, BY_COLUMN: tl.constexpr):
-    """A (BLOCK_K, BLOCK_N) tile of weights; BY_COLUMN: the columns are the contiguous axis."""
-    if BY_COLUMN:
-        inside = n_inside[None, :] if EVEN_K else n_inside[None, :] & (tl.arange(0, BLOCK_K) < k_left)[:, None]
-        return tl.load(ptrs, mask=inside, other=0.0)
-    elif EVEN_K:
-        return tl.load(ptrs)
-    else:
-        return tl.load(ptrs, mask=(tl.arange(0, BLOCK_K) < k_left)[:, None], other=0.0)
-
-
-@triton.jit
-def _accumulate_range(
-    a_ptrs,
-    b_ptrs,
-    b2_ptrs,
-    n_inside,
-    b_step,
-    first,
-    last,
-    K,
-    acc,
-    acc2,
-    BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    BY_COLUMN: tl.constexpr,
-    TWO: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """acc += A B (and acc2 += A B2) over k from first to last; the pointers stand at `first`."""
-    k = tl.arange(0, BLOCK_K)
-    for start in range(first, last, BLOCK_K):
-        a = tl.load(a_ptrs) if EVEN_K else tl.load(a_ptrs, mask=(k < K - start)[None, :], other=0.0)
-        b = _load_weights(b_ptrs, K - start, n_inside, BLOCK_K, EVEN_K, BY_COLUMN)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
-        if TWO:
-            b2 = _load_weights(b2_ptrs, K - start, n_inside, BLOCK_K, EVEN_K, BY_COLUMN)
-            acc2 = tl.dot(a, b2, acc2, input_precision=PRECISION)
-            b2_ptrs += b_step
-        a_ptrs += BLOCK_K
-        b_ptrs += b_step
-    return acc, acc2
-
-
-@triton.jit
-def _accumulate(
-    a_ptrs,
-    b_ptrs,
-    b2_ptrs,
-    n_inside,
-    b_step,
-    K,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    BY_COLUMN: tl.constexpr,
-    TWO: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """A B, and A B2 if TWO: pointers to the first (BLOCK_M, BLOCK_K) and (BLOCK_K, BLOCK_N) tiles."""
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    acc2 = acc
-    if a_ptrs.dtype.element_ty == tl.float32:
-        # One long chain of float32 additions would lose more than PyTorch does: sum in two levels.
-        CHAIN: tl.constexpr = 4 * BLOCK_K
-        for first in range(0, K, CHAIN):
-            last = tl.minimum(first + CHAIN, K)
-            at = first // BLOCK_K
-            zero = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            part, part2 = _accumulate_range(
-                a_ptrs + first,
-                b_ptrs + at * b_step,
-                b2_ptrs + at * b_step,
-                n_inside,
-                b_step,
-                first,
-                last,
-                K,
-                zero,
-                zero,
-                BLOCK_K,
-                EVEN_K,
-                BY_COLUMN,
-                TWO,
-                PRECISION,
-            )
-            acc += part
-            acc2 += part2
-        return acc, acc2
-    else:
-        return _accumulate_range(
-            a_ptrs, b_ptrs, b2_ptrs, n_inside, b_step, 0, K, K, acc, acc2, BLOCK_K, EVEN_K, BY_COLUMN, TWO, PRECISION
-        )
-
-
-@triton.jit
 def _forward_tiles(
     a_ptr,
     route_ptr,
     w_ptr,
+    scale_ptr,
     bias_ptr,
     out_ptr,
     h_ptr,
@@ -249,6 +155,8 @@ def _forward_tiles(
     PRECISION: tl.constexpr,
     EVEN_K: tl.constexpr,
     BY_COLUMN: tl.constexpr,
+    SCALE_N: tl.constexpr,
+    SCALE_K: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -274,7 +182,14 @@ def _forward_tiles(
         b2_ptrs = b_ptrs
         if GATED:
             b2_ptrs = w_expert + k[:, None] * w_stride_k + (n_safe + N)[None, :] * w_stride_n
-        acc, acc2 = _accumulate(
+        halves: tl.constexpr = 2 if GATED else 1
+        s_rows = None
+        s2_rows = None
+        if SCALE_K > 0:
+            s_rows = scale_rows(scale_ptr, expert, tl.minimum(n, N - 1), N * halves, K, SCALE_N, SCALE_K)
+            if GATED:
+                s2_rows = scale_rows(scale_ptr, expert, tl.minimum(n, N - 1) + N, N * halves, K, SCALE_N, SCALE_K)
+        acc, acc2 = accumulate(
             a_ptrs,
             b_ptrs,
             b2_ptrs,
@@ -288,10 +203,12 @@ def _forward_tiles(
             BY_COLUMN,
             GATED,
             PRECISION,
+            s_rows,
+            s2_rows,
+            SCALE_K,
         )
         m = tl.arange(0, SIZE)
         inside = (row + m < end)[:, None] & (n < N)[None, :]
-        halves: tl.constexpr = 2 if GATED else 1
         if HAS_BIAS:
             bias_row = bias_ptr + expert.to(tl.int64) * (N * halves) + tl.minimum(n, N - 1)
             acc += tl.load(bias_row).to(tl.float32)[None, :]
@@ -315,6 +232,7 @@ def _grouped_gemm_fwd_kernel(
     a_ptr,  # (T, K) gathered by route, or (R, K)
     route_ptr,  # (R,) int32; unused unless GATHER
     w_ptr,  # (E, N or 2N, K) by strides
+    scale_ptr,  # (E, blocks of N or 2N, blocks of K) float32, or exponents; unused unless SCALE_K
     bias_ptr,  # (E, N or 2N); unused unless HAS_BIAS
     out_ptr,  # (R, N)
     h_ptr,  # (R, N or 2N) pre-activations; unused unless SAVE_H
@@ -335,6 +253,8 @@ def _grouped_gemm_fwd_kernel(
     PRECISION: tl.constexpr,
     EVEN_K: tl.constexpr,
     BY_COLUMN: tl.constexpr,
+    SCALE_N: tl.constexpr,
+    SCALE_K: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -342,13 +262,16 @@ def _grouped_gemm_fwd_kernel(
     GROUP_M: tl.constexpr,
     SMALLER: tl.constexpr,
 ):
-    """out = f(A W^T + bias) per expert; gated: f(A Wg^T) * (A Wu^T), the N gate rows of W before the N up rows."""
+    """out = f(A W^T + bias) per expert; gated: f(A Wg^T) * (A Wu^T), the N gate rows of W before the N up rows.
+
+    SCALE_N x SCALE_K: what each scale of FP8 weights is of; SCALE_K is 0 for weights of A's dtype.
+    """
     if SMALLER == 0:
         _forward_tiles(
-            a_ptr, route_ptr, w_ptr, bias_ptr, out_ptr, h_ptr, offsets_ptr, tl.program_id(0), E, N, K,
+            a_ptr, route_ptr, w_ptr, scale_ptr, bias_ptr, out_ptr, h_ptr, offsets_ptr, tl.program_id(0), E, N, K,
             a_stride, w_stride_e, w_stride_n, w_stride_k,
             TOP_K, GATHER, FUNCTION, GATED, HAS_BIAS, SAVE_H, PRECISION, EVEN_K, BY_COLUMN,
-            BLOCK_E, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SMALLER, BLOCK_M,
+            SCALE_N, SCALE_K, BLOCK_E, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SMALLER, BLOCK_M,
         )  # fmt: skip
     else:
         for turn in range(NUM_ROW_CLASSES):
@@ -358,10 +281,11 @@ def _grouped_gemm_fwd_kernel(
                 if (LARGEST_ROW_TILE >> step) & (BLOCK_M | SMALLER):
                     if size == (LARGEST_ROW_TILE >> step):
                         _forward_tiles(
-                            a_ptr, route_ptr, w_ptr, bias_ptr, out_ptr, h_ptr, offsets_ptr, first, E, N, K,
+                            a_ptr, route_ptr, w_ptr, scale_ptr, bias_ptr, out_ptr, h_ptr, offsets_ptr, first, E, N, K,
                             a_stride, w_stride_e, w_stride_n, w_stride_k,
                             TOP_K, GATHER, FUNCTION, GATED, HAS_BIAS, SAVE_H, PRECISION, EVEN_K, BY_COLUMN,
-                            BLOCK_E, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SMALLER, LARGEST_ROW_TILE >> step,
+                            SCALE_N, SCALE_K, BLOCK_E, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SMALLER,
+                            LARGEST_ROW_TILE >> step,
                         )  # fmt: skip
 
 
@@ -413,6 +337,7 @@ def grouped_gemm_forward(
     route_R: torch.Tensor | None = None,
     top_k: int = 1,
     activation: str | None = None,
+    scales_EBC: torch.Tensor | None = None,
     bias_EN: torch.Tensor | None = None,
     save_h: bool = False,
     zero_tail: bool = False,
@@ -423,7 +348,7 @@ def grouped_gemm_forward(
 
     a: (R, K), or (T, K) gathered by `route_R // top_k`. w_ENK may have any strides. Returns (R, N) (half of w's N when
     gated) and h or None. Rows past the last offset are zero if `zero_tail`, else left unwritten. `out` is written into
-    if given, instead of new memory.
+    if given, instead of new memory. scales_EBC: the scales of FP8 weights, as in `reference.QuantisedStack`.
     """
     a = row_contiguous(a)
     num_experts, w_rows, depth = w_ENK.shape
@@ -436,12 +361,14 @@ def grouped_gemm_forward(
     if num_rows == 0:
         return out, h
     programs = num_programs(a.device, config, tile_bound(num_rows, num_experts, columns, config), sm_budget)
+    scale_n, scale_k = scale_block(w_ENK, scales_EBC)
     launch(
         _grouped_gemm_fwd_kernel,
         (programs,),
         a,
         route_R,
         w_ENK,
+        scale_bits(scales_EBC),
         None if bias_EN is None else bias_EN.contiguous(),
         out,
         h,
@@ -460,6 +387,8 @@ def grouped_gemm_forward(
         PRECISION=dot_precision(a.dtype),
         EVEN_K=depth % config.block_k == 0,
         BY_COLUMN=w_ENK.stride(1) == 1 and w_ENK.stride(2) != 1,
+        SCALE_N=scale_n,
+        SCALE_K=scale_k,
         BLOCK_E=next_power_of_2(num_experts),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,

@@ -11,11 +11,11 @@ import triton
 import triton.language as tl
 
 from moe_gpu.config import ACTIVATIONS
+from moe_gpu.triton_kernels.accumulate import accumulate
 from moe_gpu.triton_kernels.grouped_gemm import (
     INV_SQRT_2PI,
     SQRT_2_OVER_PI,
     SQRT_HALF,
-    _accumulate,
     _source_rows,
     _swizzle,
     _tile_ends,
@@ -143,7 +143,7 @@ def _grouped_gemm_grad_act_kernel(
         a_ptrs = a_ptr + source[:, None] * a_stride + k[None, :]
         w_expert = w_ptr + expert.to(tl.int64) * w_stride_e
         b_ptrs = w_expert + k[:, None] * w_stride_k + n_safe[None, :] * w_stride_n
-        acc, _ = _accumulate(
+        acc, _ = accumulate(
             a_ptrs,
             b_ptrs,
             b_ptrs,
@@ -253,7 +253,7 @@ def _grouped_gemm_grad_w_kernel(
     num_n = tl.cdiv(N, BLOCK_N)
     num_k = tl.cdiv(K, BLOCK_K)
     per_expert = num_n * num_k
-    # float32 sums in two levels, as in `_accumulate`; tensor cores sum a whole expert in one chain.
+    # float32 sums in two levels, as in `accumulate`; tensor cores sum a whole expert in one chain.
     CHAIN: tl.constexpr = 4 * BLOCK_M
     for tile in range(tl.program_id(0), E * per_expert, tl.num_programs(0)):
         expert = tile // per_expert

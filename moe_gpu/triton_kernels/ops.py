@@ -13,7 +13,7 @@ import torch
 
 from moe_gpu import reference
 from moe_gpu.config import ACTIVATIONS, RouterConfig
-from moe_gpu.reference import ExpertWeights, Routing
+from moe_gpu.reference import ExpertWeights, QuantisedExperts, QuantisedStack, Routing
 from moe_gpu.triton_kernels import reference_op, tuning
 
 MIN_CAPABILITY = (8, 0)
@@ -57,6 +57,7 @@ class TritonExpertOps:
         if sm_budget is not None and sm_budget < 1:
             raise ValueError(f"sm_budget={sm_budget} must be at least 1, or None for every SM")
         device = torch.device(device)
+        self.device = device
         self.sm_budget = sm_budget
         self.backend = choose_backend(device.type, device.index, use_triton)
         reference_op.register()
@@ -136,17 +137,21 @@ class TritonExpertOps:
         self,
         x_TH: torch.Tensor,
         routing: Routing,
-        weights: ExpertWeights,
+        weights: ExpertWeights | QuantisedExperts,
         activation: str = "swiglu",
         fused: bool | None = None,
     ) -> torch.Tensor:
         """The routed experts' weighted output, (T, O); differentiable in x, the routing weights and every weight.
 
+        FP8 weights take no gradient. The kernels read them as they are where `fp8_reason` is None, products have few
+        enough rows and no gradient is asked for; else they are dequantised into x's dtype on every call.
         fused: whether the fused expert MLP serves (no gradient, depth 1) or the grouped products do; None chooses by
         the measured bound on rows per expert.
         Raises ValueError for tensors that do not fit together, with both sizes or dtypes.
         """
         check_experts(x_TH, routing, weights, activation)
+        if isinstance(weights, QuantisedExperts):
+            return self._quantised_experts(x_TH, routing, weights, activation, fused)
         if not self._by_triton(x_TH):
             return reference.experts_reference(x_TH, routing, weights, activation, _traced_gemm())
         w = weights
@@ -176,6 +181,44 @@ class TritonExpertOps:
             save,
             fused,
         )[0]
+
+    def _quantised_experts(
+        self, x_TH: torch.Tensor, routing: Routing, weights: QuantisedExperts, activation: str, fused: bool | None
+    ) -> torch.Tensor:
+        up, down, *biases = weights.up_EGH, weights.down_EOI, weights.up_bias_EG, weights.down_bias_EO
+        wanted = torch.is_grad_enabled() and (x_TH.requires_grad or routing.topk_weights_TK.requires_grad)
+        if wanted or fused or not self._by_triton(x_TH):
+            plain = (self.dequantise(up, x_TH.dtype), self.dequantise(down, x_TH.dtype), None, biases[0], None)
+            return self.experts(x_TH, routing, ExpertWeights(*plain, biases[1]), activation, fused)
+        return torch.ops.moe_gpu.experts_quantised(
+            x_TH,
+            routing.topk_weights_TK,
+            routing.topk_ids_TK,
+            routing.row_route_R,
+            routing.row_of_route_TK,
+            routing.offsets_P,
+            up.values_ENK,
+            down.values_ENK,
+            up.scales_EBC,
+            down.scales_EBC,
+            *biases,
+            activation,
+            self.sm_budget,
+        )
+
+    def fp8_reason(self, stack: QuantisedStack) -> str | None:
+        """Why these FP8 weights are dequantised on every call, or None where kernels read them as they are."""
+        if self.backend.name != "triton":
+            return "plain PyTorch serves"
+        from moe_gpu.triton_kernels.fp8 import fp8_unavailable, fp8_unfit
+
+        return fp8_unavailable(self.device) or fp8_unfit(stack.values_ENK, stack.scales_EBC)
+
+    def dequantise(self, stack: QuantisedStack, dtype: torch.dtype) -> torch.Tensor:
+        """The weights' values times their scales, (E, N, K) in `dtype`; no gradient goes to them."""
+        if self.backend.name != "triton":
+            return reference.dequantise_reference(stack.values_ENK, stack.scales_EBC, dtype)
+        return torch.ops.moe_gpu.dequantise(stack.values_ENK.detach(), stack.scales_EBC.detach(), dtype)
 
     def expert_rows(
         self,
@@ -246,13 +289,28 @@ class TritonExpertOps:
         )
 
     def grouped_gemm(
-        self, a_RK: torch.Tensor, w_ENK: torch.Tensor, offsets_P: torch.Tensor, bias_EN: torch.Tensor | None = None
+        self,
+        a_RK: torch.Tensor,
+        w_ENK: torch.Tensor | QuantisedStack,
+        offsets_P: torch.Tensor,
+        bias_EN: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`a[rows of e] @ w[e].T + bias[e]`, (R, N), zero past the last offset; differentiable in a, w and bias."""
+        """`a[rows of e] @ w[e].T + bias[e]`, (R, N), zero past the last offset; differentiable in a, w and bias.
+
+        FP8 weights are read as in `experts`.
+        """
         if a_RK.shape[1] != w_ENK.shape[2] or offsets_P.shape[0] != w_ENK.shape[0] + 1:
             raise ValueError(
                 f"a {tuple(a_RK.shape)}, w {tuple(w_ENK.shape)} and {offsets_P.shape[0]} offsets do not fit together"
             )
+        if isinstance(w_ENK, QuantisedStack):
+            check_quantised("w", w_ENK)
+            if self._by_triton(a_RK) and not (torch.is_grad_enabled() and a_RK.requires_grad):
+                values, scales = w_ENK.values_ENK, w_ENK.scales_EBC
+                return torch.ops.moe_gpu.grouped_gemm_quantised(
+                    a_RK, values, scales, bias_EN, offsets_P, self.sm_budget
+                )
+            w_ENK = self.dequantise(w_ENK, a_RK.dtype)
         if a_RK.dtype != w_ENK.dtype:
             raise ValueError(f"a is {a_RK.dtype} and w is {w_ENK.dtype}; convert one")
         if not self._by_triton(a_RK):
@@ -265,7 +323,22 @@ def _traced_gemm() -> Callable[..., torch.Tensor] | None:
     return torch.ops.moe_gpu.grouped_gemm_reference if torch.compiler.is_compiling() else None
 
 
-def check_experts(x_TH: torch.Tensor, routing: Routing, weights: ExpertWeights, activation: str) -> None:
+def check_quantised(name: str, stack: QuantisedStack) -> None:
+    """Raise ValueError unless a stack holds FP8 values and a scale for each whole block of them."""
+    values, scales = stack.values_ENK, stack.scales_EBC
+    if values.dtype != torch.float8_e4m3fn or scales.dtype not in (torch.float32, torch.float8_e8m0fnu):
+        kinds = f"{values.dtype} values and {scales.dtype} scales"
+        raise ValueError(f"{name} has {kinds}; give float8_e4m3fn with float32 or float8_e8m0fnu")
+    fits = values.dim() == scales.dim() == 3 and values.shape[0] == scales.shape[0]
+    if not fits or any(n < 1 or size % n for size, n in zip(values.shape[1:], scales.shape[1:], strict=True)):
+        raise ValueError(
+            f"{name} of {tuple(values.shape)} is not made of whole blocks for scales of {tuple(scales.shape)}"
+        )
+
+
+def check_experts(
+    x_TH: torch.Tensor, routing: Routing, weights: ExpertWeights | QuantisedExperts, activation: str
+) -> None:
     """Raise ValueError unless the tensors of `experts` fit together."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r} is not one of {', '.join(ACTIVATIONS)}")
@@ -283,6 +356,10 @@ def check_experts(x_TH: torch.Tensor, routing: Routing, weights: ExpertWeights, 
         raise ValueError(
             f"down weights {tuple(weights.down_EOI.shape)} do not fit {num_experts} experts of hidden_dim={hidden_dim}"
         )
+    if isinstance(weights, QuantisedExperts):
+        check_quantised("up_EGH", weights.up_EGH)
+        check_quantised("down_EOI", weights.down_EOI)
+        return
     if x_TH.dtype != weights.up_EGH.dtype or x_TH.dtype != weights.down_EOI.dtype:
         raise ValueError(
             f"x is {x_TH.dtype} and the expert weights are {weights.up_EGH.dtype}; convert one, or run under autocast"

@@ -10,11 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from moe_gpu.triton_kernels.fp8 import dequantise, fp8_unavailable, fp8_unfit, step_depth
 from moe_gpu.triton_kernels.gather_scatter import permute_forward
 from moe_gpu.triton_kernels.grouped_gemm import grouped_gemm_forward, num_sms, shared_bytes
 from moe_gpu.triton_kernels.grouped_gemm_grad import grouped_gemm_grad_act, grouped_gemm_grad_w
 from moe_gpu.triton_kernels.tile_table import choose_tile, device_name
-from moe_gpu.triton_kernels.tuning import GemmConfig, HopperConfig, gather_first, tile_beside_bias
+from moe_gpu.triton_kernels.tuning import (
+    FP8_MAX_ROWS_PER_EXPERT,
+    GemmConfig,
+    HopperConfig,
+    fp8_config,
+    gather_first,
+    tile_beside_bias,
+)
 
 if TYPE_CHECKING:
     from moe_gpu.triton_kernels.hopper_common import RowTiles
@@ -140,10 +148,25 @@ class Products:
         sms = num_sms(self.device)
         return sms if self.sm_budget is None else min(sms, self.sm_budget)
 
+    def reads_fp8(self, values_ENK: torch.Tensor, scales_EBC: torch.Tensor) -> bool:
+        """Whether the product reads FP8 weights as they are, or they are dequantised first."""
+        if self.dtype not in (torch.float16, torch.bfloat16) or fp8_unavailable(self.device):
+            return False
+        many = self.hopper and self.num_rows >= FP8_MAX_ROWS_PER_EXPERT * self.num_experts
+        return not many and fp8_unfit(values_ENK, scales_EBC) is None
+
     def forward(
-        self, kind: str, a: torch.Tensor, w_ENK: torch.Tensor, **options: Any
+        self, kind: str, a: torch.Tensor, w_ENK: torch.Tensor, scales_EBC: torch.Tensor | None = None, **options: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As `grouped_gemm_forward`."""
+        if scales_EBC is not None:
+            if self.reads_fp8(w_ENK, scales_EBC):
+                sizes = self.num_rows, self.num_experts, shared_bytes(self.device), step_depth(w_ENK, scales_EBC)
+                options |= {"scales_EBC": scales_EBC, "sm_budget": self.sm_budget}
+                return grouped_gemm_forward(
+                    a, w_ENK, self.offsets_P, self.num_rows, fp8_config(kind, *sizes), **options
+                )
+            w_ENK = dequantise(w_ENK, scales_EBC, a.dtype)
         tile = self.tile(kind, w_ENK)
         if options.get("bias_EN") is not None:
             tile = tile_beside_bias(kind, tile)

@@ -139,6 +139,28 @@ _SMALL = {
     "grad_w": {_ANY: GemmConfig(32, 128, 128, 8, 3)},
     "grad_w_gather": {_ANY: GemmConfig(32, 128, 128, 8, 3)},
 }
+# For weights read as FP8: by what compiles without spills, not timed yet. 64 rows at most: beside the sums of a step
+# that are still to be scaled, those of taller tiles would spill.
+_FP8 = {
+    "up": {
+        16: GemmConfig(16, 64, 128, 4, 4, programs_per_sm=2),
+        40: GemmConfig(32, 64, 64, 8, 6, programs_per_sm=2),
+        _ANY: GemmConfig(64, 64, 64, 8, 6),
+    },
+    "down": {
+        16: GemmConfig(16, 128, 128, 4, 4, programs_per_sm=2),
+        40: GemmConfig(32, 64, 128, 4, 4, programs_per_sm=2),
+        _ANY: GemmConfig(64, 128, 64, 8, 6),
+    },
+}
+_FP8_SMALL = {
+    "up": {_ANY: GemmConfig(32, 64, 64, 4, 3)},
+    "down": {40: GemmConfig(32, 128, 64, 4, 3), _ANY: GemmConfig(64, 128, 64, 4, 3)},
+}
+# From how many rows an expert on FP8 weights are dequantised first, where the kernels for Hopper then serve. A
+# prediction: that costs 3 bytes a weight at 4.3 TB/s, 0.7 ps, and each row gains 2 FLOP a weight at 550 instead of an
+# assumed 300 TFLOP/s, 3 fs; so 230 rows.
+FP8_MAX_ROWS_PER_EXPERT = 256
 # What compute capability 9.0 runs from HOPPER_MIN_ROWS_PER_EXPERT rows per expert on. On the device they win from 16
 # rows on, by 3 % forward; launched eagerly their descriptors cost the host 0.2 ms a layer (Qwen3, T = 256, H200).
 _HOPPER = {
@@ -226,6 +248,18 @@ def gemm_config(
     if hopper and rows_per_expert >= HOPPER_MIN_ROWS_PER_EXPERT:
         return _HOPPER[kind]
     return next(tile for limit, tile in half_tiles(kind, shared_bytes).items() if rows_per_expert <= limit)
+
+
+def fp8_tiles(kind: str, shared_bytes: int) -> dict[int, GemmConfig]:
+    """As `half_tiles`, of `up` and `down` with weights that are read as FP8."""
+    return (_FP8 if shared_bytes >= AMPERE_SHARED_BYTES else _FP8_SMALL)[kind]
+
+
+def fp8_config(kind: str, num_rows: int, num_experts: int, shared_bytes: int, step: int) -> GemmConfig:
+    """The tile by rule for FP8 weights, no deeper than `step`: the scales of a step must be of one block."""
+    tiles = fp8_tiles(kind, shared_bytes).items()
+    tile = next(tile for limit, tile in tiles if num_rows / num_experts <= limit)
+    return replace(tile, block_k=min(tile.block_k, step))
 
 
 def load_aware_tiles(kind: str) -> list[GemmConfig]:

@@ -1,4 +1,7 @@
-"""Decode tiles compile for sm_90: no spills, in shared memory, weights in 16-byte copies, wgmma, dependent launch."""
+"""Decode tiles compile for sm_90: no spills, in shared memory, wgmma, dependent launch, wide copies.
+
+Weights in bf16 are copied 16 bytes at a time, weights read as FP8 8 bytes.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,19 @@ TYPES |= dict.fromkeys(("route_ptr", "offsets_ptr"), "*i32")
 TYPES |= {"y_ptr": "*fp32"} | dict.fromkeys((*ALIGNED, "E"), "i32")
 
 
+@pytest.mark.parametrize("weights", ["bf16", "fp8", "fp8, UE8M0"])
 @pytest.mark.parametrize("num_rows", [16, 32, 64, 128])
-def test_decode_tile(num_rows):
-    config = decode.decode_config(num_rows)
+def test_decode_tile(num_rows, weights):
+    fp8 = weights != "bf16"
+    config = decode.fp8_decode_config(num_rows, 128, 128) if fp8 else decode.decode_config(num_rows)
+    types = TYPES
+    if fp8:
+        types = TYPES | {"w_ptr": "*fp8e4nv", "scale_ptr": "*fp32" if weights == "fp8" else "*u8"}
     for kernel, tile in ((decode._decode_up_kernel, config.up), (decode._decode_down_kernel, config.down)):
         constants = {
             "w_stride_k": 1,
             "bias_ptr": None,
+            **({"SCALE_N": 128, "SCALE_K": 128} if fp8 else {"scale_ptr": None, "SCALE_N": 0, "SCALE_K": 0}),
             "TOP_K": 8,
             "FUNCTION": "silu",
             "GATED": True,
@@ -37,7 +46,7 @@ def test_decode_tile(num_rows):
             "BLOCK_K": tile.block_k,
         }
         constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-        signature = {name: TYPES[name] for name in kernel.arg_names if name not in constants}
+        signature = {name: types[name] for name in kernel.arg_names if name not in constants}
         options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
         compiled = compile_for(kernel, 90, signature, constants, ALIGNED, **options)
         assert compiled.spills == 0
@@ -47,4 +56,5 @@ def test_decode_tile(num_rows):
         widths = [int(width, 16) for width in re.findall(COPY, compiled.ptx)]
         rows_width = min(16, 2 * config.block_m * tile.block_k // (32 * tile.num_warps))  # one copy a thread
         assert len(widths) == compiled.num_async_copies > 0
-        assert set(widths) == {16, rows_width}
+        # FP8 lies in shared memory by eights, as sixteen bytes of what it is converted into.
+        assert set(widths) == ({8, 16} if fp8 else {16, rows_width})

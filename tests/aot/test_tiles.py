@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import astuple, replace
 from pathlib import Path
 
 import pytest
 
-from moe_gpu.triton_kernels import expert_mlp, grouped_gemm, grouped_gemm_grad, tile_table, tuning
+from moe_gpu.triton_kernels import expert_mlp, fp8, grouped_gemm, grouped_gemm_grad, tile_table, tuning
 from moe_gpu.triton_kernels.tuning import GemmConfig, load_aware_tiles
 from tests.aot.compiling import Compiled, compile_for
 
@@ -26,10 +27,10 @@ TYPES |= {"down_ptr": "*bf16"}
 TYPES |= dict.fromkeys((*ALIGNED, "E", "R"), "i32")
 
 
-def build(kernel, arch: int, constants: dict, **options: int) -> Compiled:
+def build(kernel, arch: int, constants: dict, types: dict = TYPES, **options: int) -> Compiled:
     """Compile with the given constants; every other parameter has its usual type."""
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    signature = {name: TYPES[name] for name in kernel.arg_names if name not in constants}
+    signature = {name: types[name] for name in kernel.arg_names if name not in constants}
     return compile_for(kernel, arch, signature, constants, ALIGNED, **options)
 
 
@@ -62,7 +63,11 @@ def gemm_tiles():
                 yield pytest.param(arch, kind, config, id=f"sm_{arch}-{kind}-up to {limit} rows")
 
 
-def build_gemm(arch: int, kind: str, config: GemmConfig, save_h: bool) -> Compiled:
+FP8_TYPES = TYPES | {"w_ptr": "*fp8e4nv", "scale_ptr": "*fp32"}
+
+
+def build_gemm(arch: int, kind: str, config: GemmConfig, save_h: bool, types: dict = TYPES, **more: object) -> Compiled:
+    """`more`: constants beside those of weights in bf16."""
     by_column = kind in ("grad_act", "grad_x")
     constants = {
         "TOP_K": 8,
@@ -73,6 +78,9 @@ def build_gemm(arch: int, kind: str, config: GemmConfig, save_h: bool) -> Compil
         "FUNCTION": "silu" if kind in ("up", "grad_act") else "none",
         "HAS_BIAS": False,
         "bias_ptr": None,
+        **({} if "scale_ptr" in types else {"scale_ptr": None}),
+        "SCALE_N": 0,
+        "SCALE_K": 0,
         "SAVE_H": save_h,
         "PRECISION": "ieee",
         "EVEN_K": True,
@@ -86,13 +94,14 @@ def build_gemm(arch: int, kind: str, config: GemmConfig, save_h: bool) -> Compil
         "GROUP_N": config.group_m,
         "SMALLER": sum(config.smaller_ms),
         "w_stride_n" if by_column else "w_stride_k": 1,
+        **more,
     }
     kernel = {
         "grad_act": grouped_gemm_grad._grouped_gemm_grad_act_kernel,
         "grad_w": grouped_gemm_grad._grouped_gemm_grad_w_kernel,
         "grad_w_gather": grouped_gemm_grad._grouped_gemm_grad_w_kernel,
     }.get(kind, grouped_gemm._grouped_gemm_fwd_kernel)
-    return build(kernel, arch, constants, num_warps=config.num_warps, num_stages=config.num_stages)
+    return build(kernel, arch, constants, types, num_warps=config.num_warps, num_stages=config.num_stages)
 
 
 @pytest.mark.parametrize(("arch", "kind", "config"), [*gemm_tiles(), *shipped_tiles()])
@@ -100,6 +109,37 @@ def test_gemm_tile(arch, kind, config):
     compiled = build_gemm(arch, kind, config, save_h=kind == "up")
     rows = config.block_n if kind.startswith("grad_w") else config.block_m
     check(compiled, arch, wgmma=arch >= 90 and rows >= 64)
+
+
+def fp8_tiles():
+    for arch in (89, 90):
+        for kind in ("up", "down"):
+            for limit, config in tuning.fp8_tiles(kind, SHARED_LIMIT[arch]).items():
+                yield pytest.param(arch, kind, config, id=f"sm_{arch}-{kind}-up to {limit} rows")
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize(("arch", "kind", "config"), list(fp8_tiles()))
+def test_fp8_tile(arch, kind, config, dtype):
+    """Weights copied 16 bytes at a time as they are, and converted by the instruction for it."""
+    types = FP8_TYPES | dict.fromkeys(("a_ptr", "out_ptr", "h_ptr"), f"*{dtype}")
+    compiled = build_gemm(arch, kind, config, False, types, SCALE_N=128, SCALE_K=128)
+    check(compiled, arch, wgmma=arch >= 90 and config.block_m >= 64)
+    assert "cvt.rn.f16x2.e4m3x2" in compiled.ptx
+    copies = set(re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*(0x[0-9a-f]+)", compiled.ptx))
+    assert copies == {"0x10"}
+
+
+@pytest.mark.parametrize("scales", ["*fp32", "*u8"])
+@pytest.mark.parametrize("dtype", ["*bf16", "*fp16", "*fp32"])
+@pytest.mark.parametrize("arch", [89, 90])
+def test_dequantising_kernel(arch, dtype, scales):
+    types = {"values_ptr": "*fp8e4nv", "scale_ptr": scales, "out_ptr": dtype} | dict.fromkeys(("N", "K"), "i32")
+    constants = {"SCALE_N": 128, "SCALE_K": 128, "BLOCK_N": fp8.DEQUANTISED_ROWS, "BLOCK_K": fp8.DEEPEST_STEP}
+    compiled = build(fp8._dequantise_kernel, arch, constants, types)
+    assert compiled.spills == 0
+    assert re.search(r"ld\.global[^;]*v4\.b32", compiled.ptx), "values are loaded 16 at a time"
+    assert re.search(r"st\.global[^;]*v4\.b32", compiled.ptx)
 
 
 def load_aware():

@@ -14,7 +14,9 @@ pytest.importorskip("transformers.integrations.moe", reason="transformers with i
 
 from tests.huggingface_cases import (
     MODELS,
+    READ_AS_FP8,
     check_error_rule,
+    check_fp8_error_rule,
     check_outcome,
     experts_of,
     make_fp8,
@@ -82,6 +84,18 @@ def test_generated_tokens_are_those_of_eager(name):
     assert torch.equal(profiler.counts_LE().sum(1), 2 * counted)
     assert model.config._experts_implementation == "moe_gpu"
     disable(model)
+
+
+@pytest.mark.skipif(
+    capable and torch.cuda.get_device_capability() < (8, 9), reason="kernels read FP8 from compute capability 8.9 on"
+)
+@pytest.mark.parametrize("scale_fmt", ["float", "ue8m0"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_fp8_experts_are_read_as_they_are(scale_fmt, dtype):
+    model, twin = (one.to("cuda") for one in make_fp8(scale_fmt, **READ_AS_FP8))
+    assert "weights read as FP8" in enable(model).modules[0].how
+    for num_tokens in (2, 40):
+        check_fp8_error_rule(model, twin, dtype, num_tokens)
 
 
 @pytest.mark.parametrize("scale_fmt", ["float", "ue8m0"])

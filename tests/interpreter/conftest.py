@@ -11,6 +11,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     from tests.interpreter import hardening
 
     hardening.install_bf16()
+    hardening.install_fp8()
     hardening.install_bounds()
     hardening.install_xor()
 else:

@@ -1,4 +1,4 @@
-"""Make Triton 3.6's interpreter trustworthy: right in bf16, and a wild address is an error instead of a crash."""
+"""Make Triton 3.6's interpreter trustworthy: right in bf16 and FP8, a wild address an error instead of a crash."""
 
 from __future__ import annotations
 
@@ -65,6 +65,21 @@ def install_xor() -> None:
         return self.to_tensor(data, given[0].dtype)
 
     interpreter.ReduceOps.apply_impl = faster
+
+
+def install_fp8() -> None:
+    """The interpreter makes numbers of float8_e4m3fn's NaN; PyTorch's values instead, as the GPU's."""
+    builder = interpreter.InterpreterBuilder
+    convert = builder.create_fp_to_fp
+    values = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).float().numpy()
+
+    def fp_to_fp(self, source, target, rounding):
+        if source.dtype.scalar != tl.float8e4nv:
+            return convert(self, source, target, rounding)
+        wide = interpreter.TensorHandle(values[np.asarray(source.data, np.uint8)], tl.float32)
+        return self.cast_impl(wide, target)
+
+    builder.create_fp_to_fp = fp_to_fp
 
 
 def _storages(argument) -> Iterator[tuple[int, int]]:

@@ -5,13 +5,26 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_gpu import ExpertProfiler, enable
+from moe_gpu import ExpertProfiler, enable, reference
 from moe_gpu.huggingface import use_slice
 from moe_gpu.slices.plan import GPUSlice
+from moe_gpu.triton_kernels import custom_ops, products
 
 pytest.importorskip("transformers.integrations.moe", reason="transformers with its experts interface is not installed")
 
-from tests.huggingface_cases import check_error_rule, check_outcome, experts_of, make_model, prompt, routes, run, serve
+from tests.huggingface_cases import (
+    READ_AS_FP8,
+    check_error_rule,
+    check_fp8_error_rule,
+    check_outcome,
+    experts_of,
+    make_fp8,
+    make_model,
+    prompt,
+    routes,
+    run,
+    serve,
+)
 
 # The interpreter is slow: one layer with experts each.
 SMALLER = {
@@ -104,3 +117,60 @@ def test_a_fused_training_step_traces_into_one_graph():
     torch._dynamo.reset()
     model.forward = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
     check_outcome(run(model), expected)
+
+
+@pytest.mark.parametrize("scale_fmt", ["float", "ue8m0"])
+def test_fp8_experts_are_read_as_they_are(scale_fmt, monkeypatch):
+    model, twin = make_fp8(scale_fmt, **READ_AS_FP8)
+    assert "weights read as FP8 by inference in 16 bits" in enable(model).modules[0].how
+
+    def wider(*arguments):
+        raise AssertionError("weights were dequantised")
+
+    for module, name in ((products, "dequantise"), (custom_ops, "dequantise"), (reference, "dequantise_reference")):
+        monkeypatch.setattr(module, name, wider)
+    for dtype in (torch.bfloat16, torch.float16):
+        check_fp8_error_rule(model, twin, dtype)
+    own = experts_of(model)[0]
+    own.limit = 1e9  # its own gate between grouped products, and the same numbers
+    check_fp8_error_rule(model, twin, torch.bfloat16)
+    hidden, ids, weights = routes(own, 5)
+    with pytest.raises(AssertionError, match="dequantised"), torch.no_grad():
+        serve(own, hidden, ids, weights)  # float32
+
+
+def test_shallow_blocks_of_fp8_say_that_they_are_dequantised():
+    model, twin = make_fp8()
+    report = enable(model)
+    assert "weights dequantised on every call (kernels read FP8 in steps of 32" in report.modules[0].how
+    check_fp8_error_rule(model, twin, torch.bfloat16)
+
+
+def test_a_gradient_of_the_hidden_states_reaches_through_fp8_experts():
+    model, twin = make_fp8(**READ_AS_FP8, num_hidden_layers=1)
+    expected = run(twin)
+    enable(model)
+    of_the_rest = {name: grad for name, grad in expected.gradients.items() if ".experts." not in name}
+    check_outcome(run(model), type(expected)(expected.logits, of_the_rest))
+
+
+@pytest.mark.parametrize(("name", "operator"), [("qwen3_moe", "experts"), ("fp8", "experts_quantised")])
+def test_a_traced_graph_has_the_fused_operator(name, operator):
+    model = make_fp8(**READ_AS_FP8)[0] if name == "fp8" else make_model(name).bfloat16()
+    enable(model)
+    experts = experts_of(model)[0]
+    hidden, ids, weights = routes(experts, 7)
+    hidden = hidden.bfloat16()
+    called = []
+
+    def backend(graph, _):
+        called.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    with torch.no_grad():
+        expected = serve(experts, hidden, ids, weights)
+        torch._dynamo.reset()
+        assert torch.equal(torch.compile(experts, fullgraph=True, backend=backend)(hidden, ids, weights), expected)
+        assert torch.equal(torch.compile(experts, fullgraph=True, backend="aot_eager")(hidden, ids, weights), expected)
+    assert f"moe_gpu.{operator}" in called
+    assert "moe_gpu.grouped_gemm" not in called
