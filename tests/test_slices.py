@@ -28,6 +28,7 @@ from moe_gpu.slices.plan import (
 )
 from moe_gpu.slices.policies import (
     EXPLORE,
+    EXPLORE_COST,
     LoadProfile,
     Setting,
     SliceAllocationPolicy,
@@ -305,13 +306,26 @@ def test_measured_times_correct_the_predictions():
 
 
 def test_exploration_is_rare_and_seeded():
-    costs = synthetic_costs()
+    costs = synthetic_costs(launch_ms=0.0, slowdown=1.0)
     logs = []
     for seed in (3, 3, 4):
-        _, managers = run_policies(costs, [[500, 100]] * 100, [ADAPTIVE], seed=seed)
+        _, managers = run_policies(costs, [[500, 100]] * 250, [ADAPTIVE], seed=seed)
         logs.append([entry.explored for entry in managers[ADAPTIVE].log])
     assert logs[0] == logs[1] != logs[2]
     assert sum(logs[0]) <= 10
+
+
+@given(st.lists(st.integers(1, 8000), min_size=2, max_size=8), st.floats(1.0, 1.5), st.floats(0.2, 1.0))
+@settings(max_examples=15, deadline=None)
+def test_exploration_is_expected_to_cost_almost_nothing(rows, slowdown, scale):
+    profile, setting = profile_of(rows), Setting(H200, "green_context", 8)
+    costs, draws = synthetic_costs(0.0, slowdown, scale=scale), 400
+    found = [choose_plan(ADAPTIVE, profile, setting, None, costs, {}, draw / draws * EXPLORE) for draw in range(draws)]
+    assert not choose_plan(ADAPTIVE, profile, setting, None, costs, {}, EXPLORE).explored
+    best = choose_plan(ADAPTIVE, profile, setting, None, costs, {}, 1.0).plan.predicted_ms
+    excess = [max(0.0, choice.plan.predicted_ms / best - 1) for choice in found if choice.explored]
+    one_draw = EXPLORE / draws
+    assert sum(excess) * one_draw <= 4 * (EXPLORE_COST + max(excess, default=0.0) * one_draw)
 
 
 def test_forecasts_learn_a_trend_that_an_average_lags_behind():
