@@ -8,6 +8,7 @@
 # layer      the whole layer beside its peers, eager launches among them
 # models     a transformers model beside grouped_mm and batched_mm
 # cache      the expert cache beside on-demand copies, LRU and resident weights
+# adaptive   every slice policy over a load that shifts, by costs measured first
 # rows       load-aware tiles beside every single tile, the Gluon kernels and torch._grouped_mm
 # ablation   what each part of the layer brings, and 4 to 256 experts
 # training   tokens/s, MFU, memory, bitwise resume
@@ -31,6 +32,7 @@ experts) $python benchmarks/run_hopper.py "$folder/h200_experts.jsonl" --table t
 layer) $python benchmarks/run_h200.py "$folder/h200_layer.jsonl" ;;
 models) $python benchmarks/run_huggingface.py "$folder/h200_models.jsonl" ;;
 cache) $python benchmarks/run_expert_cache.py "$folder/h200_expert_cache.jsonl" ;;
+adaptive) $python benchmarks/run_slices.py "$folder/h200_adaptive.jsonl" --table cost --table adaptive ;;
 rows) $python benchmarks/run_tiles.py "$folder/h200_load_aware.jsonl" ;;
 ablation) $python -m moe_gpu bench --ablation --output-dir "$folder/h200_ablation" ;;
 training) $python benchmarks/run_training.py "$folder/h200_training.jsonl" ;;
