@@ -1,8 +1,9 @@
 """ADAPTIVE over loads that shift, on described costs: within 2 % of the best other policy and of no slices at all.
 
-Nothing here is a measurement of a GPU. What a step takes follows a table of costs, the truth; ADAPTIVE plans by that
-table or by one that errs, and is told times with 1 % of noise. Costs named `h200` are those recorded on an H200.
-`pytest -s` prints every total.
+Exploration counts, and so does the step in which a load shifts. Where shifts that nothing foretells come often, that
+step alone can cost more than 2 %: over random loads the bound is 5 %. Nothing here is a measurement of a GPU. What a
+step takes follows a table of costs, the truth; ADAPTIVE plans by that table or by one that errs, and is told times with
+1 % of noise. Costs named `h200` are those recorded on an H200. `pytest -s` prints every total.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from moe_gpu.gpu_slice_manager import AdvancedGPUSliceManager
 from moe_gpu.results import Machine, SliceRow, read_rows, select
@@ -24,7 +27,7 @@ from moe_gpu.slices.policies import SliceAllocationPolicy
 H200 = described_device("H200")
 MACHINE = Machine("NVIDIA H200", "cuda", "3.12", "2.11", "Linux", "2026-11-24", compute_capability="9.0", num_sms=132)
 RECORDED = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "h200_slices_0b827e4.jsonl"
-NUM_EXPERTS, ALLOWED = 128, 1.02
+NUM_EXPERTS, ALLOWED, ALLOWED_UNFORESEEN = 128, 1.02, 1.05
 
 
 def made_up_costs(launch_ms: float, slowdown: float, floor: float, scale: float) -> CostTable:
@@ -129,17 +132,36 @@ def unsliced_ms(load: ShiftingLoad, truth: CostTable) -> list[float]:
     return [true_ms(truth, None, work_of(load, rows)) for rows in load.steps]
 
 
+def over_the_best(load: ShiftingLoad, truth: str, error: str) -> float:
+    """ADAPTIVE's total over that of the best other policy, or of no slices."""
+    costs = TRUTHS[truth]()
+    table = ERRORS[error](costs)
+    times = {policy.value: simulate(load, policy, costs, table) for policy in SliceAllocationPolicy}
+    times["not sliced"] = unsliced_ms(load, costs)
+    totals = {name: sum(steps) for name, steps in times.items()}
+    ours = totals.pop("adaptive")
+    best = min(totals, key=totals.__getitem__)
+    worst = max(a - b for a, b in zip(times["adaptive"], times[best], strict=True)) / totals[best]
+    print(f"\n{truth}, {error}, {load.name}: {ours / totals[best]:.4f} of {best}, worst step {worst:+.2%}", end="")
+    return ours / totals[best]
+
+
 @pytest.mark.parametrize("error", ERRORS)
 @pytest.mark.parametrize("truth", TRUTHS)
 def test_adaptive_stays_within_two_percent_of_the_best_other_over_a_shifting_load(truth, error):
-    costs = TRUTHS[truth]()
-    table = ERRORS[error](costs)
     for load in LOADS:
-        times = {policy.value: simulate(load, policy, costs, table) for policy in SliceAllocationPolicy}
-        times["not sliced"] = unsliced_ms(load, costs)
-        totals = {name: sum(steps) for name, steps in times.items()}
-        ours = totals.pop("adaptive")
-        best = min(totals, key=totals.__getitem__)
-        worst = max(a - b for a, b in zip(times["adaptive"], times[best], strict=True)) / totals[best]
-        print(f"\n{truth}, {error}, {load.name}: {ours / totals[best]:.4f} of {best}, worst step {worst:+.2%}", end="")
-        assert ours <= ALLOWED * totals[best], (truth, error, load.name, ours / totals[best])
+        assert over_the_best(load, truth, error) <= ALLOWED, load.name
+
+
+@given(st.integers(3, 1 << 20), st.sampled_from(sorted(TRUTHS)), st.sampled_from(sorted(ERRORS)))
+@settings(max_examples=20, deadline=None, derandomize=True)
+def test_shifts_that_nothing_foretells_cost_adaptive_little(seed, truth, error):
+    assert over_the_best(random_load(seed), truth, error) <= ALLOWED_UNFORESEEN
+
+
+def test_without_slices_that_pay_nobody_pays_for_them():
+    """On the costs recorded on an H200 every split loses; ADAPTIVE leaves the whole GPU to everybody but to explore."""
+    load, costs = LOADS[0], recorded_costs()
+    adaptive, whole = simulate(load, SliceAllocationPolicy.ADAPTIVE, costs, costs), unsliced_ms(load, costs)
+    assert sum(a == pytest.approx(b) for a, b in zip(adaptive, whole, strict=True)) >= 0.95 * len(whole)
+    assert min(sum(simulate(load, policy, costs, costs)) for policy in list(SliceAllocationPolicy)[:3]) > sum(whole)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from moe_gpu.config import PRESETS
 from moe_gpu.console import progress_bar
 from moe_gpu.profiler import RoutingTrace
 from moe_gpu.results import Row, SliceRow
@@ -54,10 +55,13 @@ def run_slice_bench(
         raise ValueError(reason)
     if output is not None and not output.parent.is_dir():
         raise ValueError(f"cannot write {output}: there is no folder {output.parent}; make it or choose another file")
+    recorded = None if trace is None else RoutingTrace.load(trace)
+    if recorded is not None:
+        check_trace(recorded, preset, layer)
     device = torch.device("cpu") if trial else torch.device("cuda", torch.cuda.current_device())
     bench = SliceBench(preset, Sizes.tiny() if trial else Sizes(), device, seconds, output)
-    if trace is not None:
-        bench.trace = (_trace_for(bench, trace, layer), layer, tokens)
+    if recorded is not None:
+        bench.trace = (recorded, layer, tokens)
     chosen = [name for name in SECTIONS if not tables or name in tables]
     with progress_bar("slices") as progress:
         for done, name in enumerate(chosen):
@@ -73,16 +77,15 @@ def run_slice_bench(
     return bench.rows
 
 
-def _trace_for(bench: SliceBench, path: Path, layer: int) -> RoutingTrace:
-    trace = RoutingTrace.load(path)
+def check_trace(trace: RoutingTrace, preset: str, layer: int) -> None:
+    """Raise ValueError unless the trace has this layer and the preset's experts."""
     if not 0 <= layer < trace.num_layers:
         raise ValueError(f"layer={layer} is outside the trace's {trace.num_layers} layers")
-    if trace.num_experts != bench.config.num_experts:
+    if trace.num_experts != PRESETS[preset].num_experts:
         raise ValueError(
-            f"the trace {path} has {trace.num_experts} experts, {bench.preset} has {bench.config.num_experts}; "
+            f"the trace has {trace.num_experts} experts, {preset} has {PRESETS[preset].num_experts}; "
             "choose the --preset that it was recorded with"
         )
-    return trace
 
 
 def print_summary(rows: Sequence[Row]) -> None:
