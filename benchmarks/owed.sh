@@ -9,6 +9,7 @@
 # layer      the whole layer beside its peers, eager launches among them
 # models     a transformers model beside grouped_mm and batched_mm, with graphs, and with half its experts resident
 # cache      the expert cache beside on-demand copies, LRU and resident weights
+# adaptive   every slice policy over a load that shifts, by costs measured first
 # rows       load-aware tiles beside every single tile, the Gluon kernels and torch._grouped_mm
 # graphs     replays of a layer beside eager calls, a shared expert beside routed ones, experts divided among slices
 # ablation   what each part of the layer brings, and 4 to 256 experts
@@ -34,6 +35,7 @@ experts) $python benchmarks/run_hopper.py "$folder/h200_experts.jsonl" --table t
 layer) $python benchmarks/run_h200.py "$folder/h200_layer.jsonl" ;;
 models) $python benchmarks/run_huggingface.py "$folder/h200_models.jsonl" ;;
 cache) $python benchmarks/run_expert_cache.py "$folder/h200_expert_cache.jsonl" ;;
+adaptive) $python benchmarks/run_slices.py "$folder/h200_adaptive.jsonl" --table cost --table adaptive ;;
 rows) $python benchmarks/run_tiles.py "$folder/h200_load_aware.jsonl" ;;
 graphs) $python benchmarks/run_graphs.py "$folder/h200_graphs.jsonl" ;;
 ablation) $python -m moe_gpu bench --ablation --output-dir "$folder/h200_ablation" ;;

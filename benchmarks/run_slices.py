@@ -1,9 +1,10 @@
 """Record what slices do on an H200: `python benchmarks/run_slices.py benchmarks/results/h200_slices.jsonl`.
 
 Device tables (rates and launches against SMs, which SMs blocks really ran on), isolation of a decode step beside
-background work with p50, p99 and the background's rate, interference, the profiler's cost in a graph, and the costs
-that ADAPTIVE plans by. Under ten minutes; a section that fails is recorded and the next goes on. `--trial` runs tiny
-work on the CPU instead, to try the script: its rows hold no numbers. `--table` runs some sections only.
+background work with p50, p99 and the background's rate, interference, the profiler's cost in a graph, the costs that
+ADAPTIVE plans by, and every policy over a load that shifts. Under ten minutes; a section that fails is recorded and the
+next goes on. `--trial` runs tiny work on the CPU instead, to try the script: its rows hold no numbers. `--table` runs
+some sections only.
 """
 
 from __future__ import annotations

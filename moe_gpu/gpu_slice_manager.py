@@ -31,6 +31,7 @@ from moe_gpu.slices.plan import (
     unsliced,
 )
 from moe_gpu.slices.policies import (
+    SLICING_GAIN,
     Choice,
     LoadProfile,
     Setting,
@@ -44,6 +45,8 @@ from moe_gpu.slices.policies import (
 
 MIN_GAIN = 0.1  # of pressure: a plan by load that promises less than this is not worth a change
 MIN_PREDICTED_GAIN = 0.01  # of predicted time
+LEARNT = 0.3  # of what a measured time says about a correction
+MOST_CHANGE = 2.0  # of a correction by one measured time: one hiccup must not condemn a plan
 
 
 @dataclass(frozen=True)
@@ -226,14 +229,14 @@ class AdvancedGPUSliceManager:
 
     def profile(self, forecast: bool = True) -> LoadProfile:
         """The tenants with their last known loads and, for ADAPTIVE, forecasts."""
-        adaptive = self.policy is SliceAllocationPolicy.ADAPTIVE
-        expected_rows = self._forecaster.forecast() if forecast and adaptive else None
+        foreseen = forecast and self.policy is SliceAllocationPolicy.ADAPTIVE
+        expected = (self._forecaster.forecast() if foreseen else None) or {}
         tenants = []
         for name, held in self._allocations.items():
             rows, active = self._rows.get(name, (None, None))
-            expected = None if expected_rows is None else expected_rows.get(name)
-            tenants.append(TenantLoad(held, rows, active, self._utilization.get(name), expected))
-        return LoadProfile(tuple(tenants))
+            busy = self._utilization.get(name)
+            tenants.append(TenantLoad(held, rows, active, busy, expected.get(name)))
+        return LoadProfile(tuple(tenants), self._forecaster.shift_share if foreseen else 0.0)
 
     def optimize_allocations(self, rows_E: Sequence[float] | None = None) -> Decision:
         """Let the policy size the slices anew and adopt its plan if it is better by more than a margin.
@@ -301,11 +304,10 @@ class AdvancedGPUSliceManager:
         if choice.explored:
             return True, f"to {_shown(plan)}: {plan.reason}"
         if plan.predicted_ms is not None:
-            before = self.predict_ms(now, profile)
+            before = None if self.costs is None else predict_ms(now, profile, self.costs, self._corrections)
             if before is not None:
-                before *= self._corrections.get(now.rule, 1.0)
                 gain = 1 - plan.predicted_ms / before if before else 0.0
-                if gain <= MIN_PREDICTED_GAIN:
+                if gain <= (MIN_PREDICTED_GAIN if plan.sliced else MIN_PREDICTED_GAIN - SLICING_GAIN):
                     return False, f"stays at {_shown(now)}: {_shown(plan)} would gain {gain:.1%}; {plan.reason}"
         elif self.policy is SliceAllocationPolicy.PROPORTIONAL:
             before, after = pressure(now, profile), pressure(plan, profile)
@@ -314,15 +316,17 @@ class AdvancedGPUSliceManager:
         return True, f"to {_shown(plan)}: {plan.reason}"
 
     def record_time(self, time_ms: float) -> None:
-        """Report a call's measured milliseconds under the present plan: ADAPTIVE corrects its predictions by it."""
+        """Report a call's measured milliseconds under the present plan and the load last observed.
+
+        ADAPTIVE corrects its predictions by it: those of sliced plans together, and those of "not sliced".
+        """
         if not time_ms > 0:
             raise SliceError(f"time_ms={time_ms} must be above 0")
-        predicted = self.predict_ms(self.plan, self.profile())
+        predicted = self.predict_ms(self.plan, self.profile(forecast=False))
         if predicted:
-            rule = self.plan.rule
-            old = self._corrections.get(rule)
-            ratio = time_ms / predicted
-            self._corrections[rule] = ratio if old is None else old + 0.3 * (ratio - old)
+            old = self._corrections.get(self.plan.kind)
+            change = min(max(time_ms / predicted / (old or 1.0), 1 / MOST_CHANGE), MOST_CHANGE)
+            self._corrections[self.plan.kind] = change if old is None else old * change**LEARNT
 
     def predict_ms(self, plan: SlicePlan, profile: LoadProfile) -> float | None:
         """Milliseconds of a call under a plan by the measured costs; None without them, or beyond them."""

@@ -1,8 +1,8 @@
 """Result rows: what was run on what, one JSON object a line. The only way numbers reach a plot, a table or a page.
 
 A file is a sequence of rows; `kind` says which: `machine` (once, first), `ceiling`, `benchmark`, `training`,
-`expert_load`, `tile`, `slice`, `expert_cache`, `energy`, `attribution`, `attribution_sum`, `finding`. Unknown is None,
-never 0. Units stand in the names.
+`expert_load`, `tile`, `slice`, `slice_series`, `expert_cache`, `energy`, `attribution`, `attribution_sum`, `finding`.
+Unknown is None, never 0. Units stand in the names.
 """
 
 from __future__ import annotations
@@ -217,9 +217,7 @@ class SliceRow:
     """One measurement of slices. status: "ok", "unavailable" or "failed"; `reason` says why unless ok."""
 
     kind: ClassVar[str] = "slice"
-    table: (
-        str  # "rate", "launch", "partition", "interference", "isolation", "cost", "profiler", "graphs", "beside", ...
-    )
+    table: str  # of `slices bench`: "rate", "launch", "isolation", "cost", "adaptive", ...; or "graphs", "beside", "divided"
     arm: str  # how the work was kept apart, or launched: "alone", "unsliced", "cta", "green_context", "replay", ...
     what: str  # the work that was timed
     status: str = "ok"
@@ -232,7 +230,30 @@ class SliceRow:
     p99_ms: float | None = None
     max_ms: float | None = None
     value: float | None = None
-    unit: str | None = None  # of `value`: "FLOP/s", "B/s", "B", "ms", "background calls/s", "SMs", "ratio"
+    unit: str | None = (
+        None  # of `value`: "FLOP/s", "B/s", "B", "ms", "background calls/s", "SMs", "changes", "splits", "ratio"
+    )
+
+
+@dataclass(frozen=True)
+class SliceSeries:
+    """What one policy did over a load that shifts, an entry a step. status: "ok", "unavailable" or "failed".
+
+    Lists of steps are empty unless ok. rows: of each tenant, a call. sms: that each tenant got; None while not sliced.
+    """
+
+    kind: ClassVar[str] = "slice_series"
+    scenario: str  # the load, in words
+    policy: str  # "static", "dynamic", "proportional", "adaptive" or "not sliced"
+    status: str = "ok"
+    reason: str | None = None
+    tenants: list[str] = field(default_factory=list)
+    rows: list[list[int]] = field(default_factory=list)
+    sms: list[list[int] | None] = field(default_factory=list)
+    time_ms: list[float] = field(default_factory=list)  # median of the step's repeats, from start to join
+    changes: list[str | None] = field(
+        default_factory=list
+    )  # why the plan is another than a step before; None: it is not
 
 
 @dataclass(frozen=True)
@@ -351,6 +372,7 @@ Row = (
     | ExpertLoadRow
     | TileRow
     | SliceRow
+    | SliceSeries
     | ExpertCacheRow
     | EnergyMeasurement
     | AttributionRow

@@ -13,16 +13,8 @@ from moe_gpu.slices.backends import availability
 from moe_gpu.slices.costs import CostTable, cached_costs
 from moe_gpu.slices.device import DeviceDescription, described_device, find_device
 from moe_gpu.slices.mig import MIGError, MIGManager
-from moe_gpu.slices.plan import SliceError, SlicePlan
+from moe_gpu.slices.plan import SliceError, SlicePlan, groups_of
 from moe_gpu.slices.policies import SliceAllocationPolicy, pressure
-
-
-def groups_of(num_experts: int, groups: int) -> list[tuple[int, ...]]:
-    """Experts in consecutive groups of about the same size, as expert parallelism places them."""
-    if not 1 <= groups <= num_experts:
-        raise ValueError(f"groups={groups} must lie between 1 and the {num_experts} experts")
-    ends = [num_experts * (number + 1) // groups for number in range(groups)]
-    return [tuple(range(begin, end)) for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
 def costs_for(device: DeviceDescription, path: Path | None) -> CostTable | None:

@@ -14,7 +14,7 @@ from html.parser import HTMLParser
 import pytest
 
 from moe_gpu.report import write_report
-from moe_gpu.results import BenchmarkRow, ExpertLoadRow, TrainingRow, select
+from moe_gpu.results import BenchmarkRow, ExpertLoadRow, SliceSeries, TrainingRow, select
 from tests.result_rows import CPU, GPU, benchmark_row, ceilings, demo_rows, missing, training_rows
 
 EVIL = "<script>alert(1)</script>"
@@ -264,3 +264,57 @@ def test_energy_is_shown_with_its_interval_and_what_was_found_and_not(report):
     assert "expert 0: 1.43x of an even share of the joules" in text
     assert "1 windows: lost" in text
     assert '<section id="energy">' not in report(demo_rows())
+
+
+def series(policy, sms, time_ms, changes, **facts):
+    return SliceSeries("groups", policy, tenants=["a", EVIL], rows=[[8, 2]] * len(sms), sms=sms, time_ms=time_ms,
+                       changes=changes, **facts)  # fmt: skip
+
+
+def test_slices_over_time_are_drawn_from_their_rows_alone(report):
+    rows = [
+        GPU,
+        series("static", [[64, 64]] * 4, [2.0, 2.0, 2.0, 4.0], [None] * 4),
+        series("adaptive", [None, None, [96, 32], [96, 32]], [3.0, 3.0, 1.0, 1.0], [None, None, f"gain {EVIL}", None]),
+        SliceSeries("groups", "dynamic", "failed", f"lost {EVIL}"),
+        SliceSeries("jobs", "static", "unavailable", f"tried {EVIL}"),
+    ]
+    text = report(rows)
+    assert "<script>alert" not in text
+    by_policy = {line["Policy"][0]: line for line in Document(text).table("Policy")}
+    assert by_policy["static"]["Total ms"][1] == "10.0"
+    assert by_policy["adaptive"]["Over the best other"] == ["0.800", "0.8"]
+    assert by_policy["adaptive"]["Plan changes"][1] == "1"
+    assert by_policy["dynamic"]["Total ms"] == ["—", ""]
+    assert f"lost {EVIL}" in by_policy["dynamic"]["Not measured because"][0]
+    section = text[text.index('<section id="slices">') : text.index('<section id="missing">')]
+    assert "not measured: tried" in section
+    assert "<title>steps 0 to 1: not sliced</title>" in section
+    assert "<title>a: 96 SMs\nsteps 2 to 3</title>" in section
+    assert "<title>step 2: gain &lt;script&gt;" in section
+    bars = re.findall(r'class="band b0" [^>]*height="([0-9.]+)"><title>a: (?:96|64)', section)
+    heights = [float(height) for height in bars]
+    assert heights[1] / heights[0] == pytest.approx(96 / 64, rel=0.01)
+    assert section.count('class="change"') == 1
+    bare = report(demo_rows())
+    assert '<section id="slices">' not in bare
+    assert "Slices over time: these results hold no slice_series rows" in bare
+
+
+def test_peak_memory_is_a_bar_for_each_provider_at_the_most_tokens(report):
+    rows = [
+        GPU,
+        benchmark_row("moe_gpu", 64, 2.0, peak_memory_bytes=2 << 20),
+        benchmark_row("moe_gpu", 512, 2.0, peak_memory_bytes=3 << 20),
+        benchmark_row("torch_loop", 512, 2.0, peak_memory_bytes=6 << 20),
+        benchmark_row("scattermoe", 512, 2.0),
+    ]
+    text = report(rows)
+    section = text[text.index('<section id="memory">') : text.index('<section id="results">')]
+    widths = [float(width) for width in re.findall(r'class="band s\d" [^>]*width="([0-9.]+)"', section)]
+    assert widths[1] == pytest.approx(2 * widths[0], rel=0.01)
+    assert "3.0 MiB" in section
+    assert "2.0 MiB" not in section
+    assert "512 tokens · 1 not measured" in section
+    assert '<section id="memory">' not in report(demo_rows())
+    assert "Peak memory: no row carries it" in report(demo_rows())

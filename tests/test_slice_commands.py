@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,11 @@ import torch
 from moe_gpu import slice_bench
 from moe_gpu.cli import main
 from moe_gpu.profiler import RoutingTrace
-from moe_gpu.results import ExpertLoadRow, Machine, SliceRow, read_rows, select
+from moe_gpu.results import ExpertLoadRow, Machine, SliceRow, SliceSeries, read_rows, select
+from moe_gpu.slice_bench import adaptive, loads
 from moe_gpu.slice_bench.bench import Sizes, SliceBench
 from moe_gpu.slices.costs import cache_path
+from moe_gpu.slices.plan import BackendUnavailableError
 from tests.test_slices import synthetic_costs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -173,7 +176,68 @@ def test_a_trial_runs_every_table_and_measures_nothing(here):
     assert all((row.p50_ms, row.value, row.got_sms) == (None, None, None) for row in rows)
     arms = {row.arm for row in rows if row.table == "isolation"}
     assert arms == {"alone", "unsliced", "priorities", "cta", "green_context"}
+    series = select(read_rows(here / "rows.jsonl"), SliceSeries)
+    assert {row.policy for row in series} == {"not sliced", "static", "dynamic", "proportional", "adaptive"}
+    assert {(row.status, tuple(row.time_ms), tuple(row.sms)) for row in series} == {("unavailable", (), ())}
     assert not (here / "cache").exists()
+
+
+def tiny_bench() -> SliceBench:
+    """With costs by which slicing pays, for the CPU that stands in."""
+    bench = SliceBench("qwen3-30b-a3b", Sizes.tiny(), torch.device("cpu"), 600.0, None)
+    costs = synthetic_costs(launch_ms=0.0, slowdown=1.0, floor=0.001)
+    machine = replace(costs.machine, device=bench.machine.device)
+    bench.costs = replace(costs, machine=machine, model=bench.preset, dtype="float32")
+    return bench
+
+
+def test_every_policy_meets_every_step_of_the_shifting_loads(here, monkeypatch):
+    bench, made = tiny_bench(), []
+    monkeypatch.setattr(bench, "add_series", made.append)
+    adaptive.measure_adaptive(bench)
+    assert [(one.scenario, one.policy) for one in made] == [
+        (load, policy)
+        for load in ("four groups of experts", "two unequal jobs")
+        for policy in ("not sliced", "static", "dynamic", "proportional", "adaptive")
+    ]
+    for one in made:
+        assert len(one.rows) == len(one.sms) == len(one.time_ms) == len(one.changes) == one_step_count(one)
+        assert min(one.time_ms) > 0
+        assert one.changes[0] is None
+        for step in range(1, len(one.sms)):
+            assert (one.sms[step] != one.sms[step - 1]) <= (one.changes[step] is not None)
+        assert one.policy != "not sliced" or set(map(str, one.sms)) == {"None"}
+        assert one.policy != "static" or {tuple(sms) for sms in one.sms} in ({(32,) * 4}, {(64, 64)})
+    assert len({tuple(map(str, one.sms)) for one in made[:5]}) > 2, "the policies differ"
+
+
+def one_step_count(one: SliceSeries) -> int:
+    return 14 if one.scenario == "four groups of experts" else 10
+
+
+def test_adaptive_needs_costs_of_the_same_work(here):
+    bench = tiny_bench()
+    for costs in (None, replace(bench.costs, model="mixtral-8x7b")):
+        bench.costs = costs
+        with pytest.raises(BackendUnavailableError, match="measure the table cost first"):
+            adaptive.measure_adaptive(bench)
+
+
+def test_a_recorded_trace_is_a_load_too(trace, here):
+    recorded = loads.recorded_load(RoutingTrace.load(trace), 0, 512)
+    assert len(recorded.steps) == 8
+    assert recorded.name == "recorded: a shifting load"
+    assert recorded.steps[0][0] > recorded.steps[0][3]
+    assert recorded.steps[-1][0] < recorded.steps[-1][3]
+    assert all(sum(recorded.rows_E(step, 8)) == sum(rows) for step, rows in enumerate(recorded.steps))
+    bench = tiny_bench()
+    bench.trace = (RoutingTrace.load(trace), 0, 512)
+    adaptive.measure_adaptive(bench)
+    assert {row.scenario for row in select(bench.rows, SliceSeries)} >= {"recorded: a shifting load"}
+    with pytest.raises(ValueError, match="has 8 experts, qwen3-30b-a3b has 128; choose the --preset"):
+        slice_bench.check_trace(RoutingTrace.load(trace), "qwen3-30b-a3b", 0)
+    with pytest.raises(ValueError, match="layer=2 is outside the trace's 2 layers"):
+        slice_bench.check_trace(RoutingTrace.load(trace), "mixtral-8x7b", 2)
 
 
 def test_a_section_that_fails_or_comes_too_late_is_a_row_and_the_next_goes_on(here):

@@ -184,12 +184,17 @@ def bench(
         str, typer.Option("--preset", parser=one_of(*PRESETS), metavar="NAME", help=f"Sizes: {', '.join(PRESETS)}.")
     ] = "qwen3-30b-a3b",
     seconds: Annotated[int, count("--seconds", "When to stop, about.")] = 480,
+    trace: Annotated[
+        Path | None, typer.Option("--trace", metavar="FILE", help="A routing trace that the policies meet as well.")
+    ] = None,
+    layer: Layer = 0,
+    tokens: Tokens = 256,
     output: Annotated[
         Path | None, typer.Option("--output", metavar="FILE", help="Also write every row here (JSON lines).")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure this GPU's slices: device tables, interference, isolation, and the costs that adaptive plans by.
+    """Measure this GPU's slices: device tables, interference, isolation, costs, and the policies over a shifting load.
 
     The costs are kept in ~/.cache/moe_gpu/slices, or under the folder in MOE_GPU_CACHE. Exit status 1 without a GPU.
     """
@@ -200,6 +205,6 @@ def bench(
         print(f"moe-gpu: {reason}", file=sys.stderr)
         raise typer.Exit(1)
     with interruptible("what was measured is kept"), stdout_for_json(as_json):
-        rows = run_slice_bench(preset, seconds=seconds, output=output)
+        rows = run_slice_bench(preset, seconds=seconds, output=output, trace=trace, layer=layer, tokens=tokens)
     if as_json:
         print_rows(rows)

@@ -1,4 +1,4 @@
-"""Charts as inline SVG: lines on log or linear axes, and heat maps of expert load. The style sheet has the colours."""
+"""Charts as inline SVG: lines on log or linear axes, bands, bars, heat maps. The style sheet has the colours."""
 
 from __future__ import annotations
 
@@ -111,6 +111,68 @@ class _Axis:
         step *= next(factor for factor in (1, 2, 5, 10) if (self._high - self._low) / (step * factor) <= 6)
         first = math.ceil(self._low / step)
         return [index * step for index in range(first, math.floor(self._high / step) + 1)]
+
+
+def band_chart(
+    steps: Sequence[Sequence[int] | None],
+    whole: int,
+    classes: Sequence[str],
+    names: Sequence[str],
+    changes: Sequence[tuple[int, str]],
+    *,
+    title: str,
+) -> str:
+    """An SVG of how `whole` is divided, step by step; None: not at all. Steps that are alike are one rectangle.
+
+    changes: steps with a mark and its hover text.
+    """
+    x_axis = _Axis(0, len(steps), _LEFT, WIDTH - _RIGHT, log=False)
+    y_axis = _Axis(0, whole, HEIGHT - _BOTTOM, _TOP + 10, log=False)
+    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">']
+    for tick in (0, whole):
+        parts.append(f'<text x="{_LEFT - 5}" y="{y_axis.at(tick) + 4:.1f}" text-anchor="end">{tick}</text>')
+
+    def box(look: str, begin: int, end: int, low: int, high: int, tip: str) -> str:
+        place = f'x="{x_axis.at(begin):.1f}" y="{y_axis.at(high):.1f}"'
+        size = f'width="{x_axis.at(end) - x_axis.at(begin):.1f}" height="{y_axis.at(low) - y_axis.at(high):.1f}"'
+        return f'<rect class="{look}" {place} {size}><title>{escape(tip)}</title></rect>'
+
+    begin = 0
+    while begin < len(steps):
+        division, end = steps[begin], begin + 1
+        while end < len(steps) and steps[end] == division:
+            end += 1
+        when = f"steps {begin} to {end - 1}" if end - begin > 1 else f"step {begin}"
+        if division is None:
+            parts.append(box("whole", begin, end, 0, whole, f"{when}: not sliced"))
+        low = 0
+        for look, name, part in zip(classes, names, division or (), strict=False):
+            parts.append(box(f"band {look}", begin, end, low, low + part, f"{name}: {part} SMs\n{when}"))
+            low += part
+        begin = end
+    for step, tip in changes:
+        place = f"translate({x_axis.at(step):.1f},{_TOP + 3})"
+        parts.append(f'<path class="change" d="M-4,-4h8L0,4z" transform="{place}"><title>{escape(tip)}</title></path>')
+    for at in x_axis.ticks():
+        x = x_axis.at(at)
+        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 18}" text-anchor="middle">{escape(short(at))}</text>')
+    middle = (_LEFT + WIDTH - _RIGHT) / 2
+    parts.append(f'<text x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">step</text>')
+    return "".join([*parts, "</svg>"])
+
+
+def bar_chart(bars: Sequence[tuple[str, str, float, str, str]], *, title: str) -> str:
+    """An SVG of horizontal bars from zero: a name, classes, a value above 0, its text and its hover text each."""
+    height, most = 34, max(value for _, _, value, _, _ in bars)
+    parts = [f'<svg viewBox="0 0 {WIDTH} {len(bars) * height}" role="img" aria-label="{escape(title)}">']
+    for index, (name, look, value, text, tip) in enumerate(bars):
+        y, width = index * height, (WIDTH - 80) * value / most
+        parts.append(f'<text x="0" y="{y + 12}">{escape(name)}</text>')
+        parts.append(
+            f'<rect class="band {look}" x="0" y="{y + 16}" width="{width:.1f}" height="12"><title>{escape(tip)}</title>'
+            f'</rect><text x="{width + 5:.1f}" y="{y + 26}">{escape(text)}</text>'
+        )
+    return "".join([*parts, "</svg>"])
 
 
 def heat_map(rows: Sequence[tuple[str, Sequence[float] | None]], *, x_label: str, tip: str, title: str) -> str:

@@ -29,6 +29,7 @@ from moe_gpu.plots.data import (
 )
 from moe_gpu.report import sections
 from moe_gpu.report.energy import energy
+from moe_gpu.report.slices import TENANT_COLOURS, slices
 from moe_gpu.results import Machine, Row, select
 
 
@@ -41,8 +42,10 @@ def build_page(rows: Sequence[Row], title: str, pictures: Sequence[tuple[str, by
         ("summary", "Summary", _summary(rows, table, comparisons)),
         ("points", f"{OURS} at every point", sections.points(comparisons)),
         ("charts", "Throughput", sections.throughput(table, classes)),
+        ("memory", "Peak memory", sections.memory(table, classes)),
         ("results", "All results", sections.results(table)),
         ("energy", "Energy", energy(rows)),
+        ("slices", "Slices over time", slices(rows)),
         ("training", "Training", sections.training(rows)),
         ("experts", "Experts", sections.experts(rows)),
         ("missing", "Not measured", sections.missing(rows, table)),
@@ -78,9 +81,10 @@ def _classes(table: Table) -> dict[str, str]:
 
 
 def _colours(classes: dict[str, str]) -> str:
-    """A colour for each provider, lighter on a dark ground; and two for the training curves."""
+    """A colour for each provider, lighter on a dark ground; two for the training curves, and tenants'."""
     shades = {name: colour(provider) for provider, name in classes.items()}
     shades |= {"t0": "#0072B2", "t1": "#D1380F"}
+    shades |= {f"b{index}": shade for index, shade in enumerate(TENANT_COLOURS)}
 
     def lighter(shade: str) -> str:
         parts = [int(shade[start : start + 2], 16) for start in (1, 3, 5)]

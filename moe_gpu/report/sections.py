@@ -33,9 +33,9 @@ from moe_gpu.plots.data import (
     values,
     with_unit,
 )
-from moe_gpu.report.charts import MARKS, Line, heat_map, line_chart
+from moe_gpu.report.charts import MARKS, Line, bar_chart, heat_map, line_chart
 from moe_gpu.report.tables import Cell, number, row, table
-from moe_gpu.results import BenchmarkRow, Ceiling, Machine, Row, TrainingRow, select
+from moe_gpu.results import BenchmarkRow, Ceiling, Machine, Row, SliceSeries, TrainingRow, select
 
 _NAMED = 12  # experts that a sentence names before it counts the rest
 _HEAT_ROWS = 128
@@ -156,6 +156,38 @@ def results(benchmarks: Table) -> str:
         "Reason",
     ]
     return table(head, rows, classes="sortable findable")
+
+
+def memory(benchmarks: Table, classes: Mapping[str, str]) -> str:
+    """Bars of peak memory by provider, for each facet at the most tokens for which it was recorded."""
+    charts = []
+    for facet, lines in benchmarks.items():
+        held = {
+            (series, tokens): one.peak_memory_bytes
+            for series, line in lines.items()
+            for tokens, one in line.items()
+            if one.peak_memory_bytes
+        }
+        most = max((tokens for _, tokens in held), default=None)
+        if most is None:
+            continue
+        bars = []
+        for series in lines:
+            held_bytes = held.get((series, most))
+            if held_bytes is not None:
+                text = f"{held_bytes / 2**20:,.1f} MiB"
+                tip = f"{series.label}: {held_bytes:,} bytes\n{most:,} tokens"
+                bars.append((series.label, classes[series.provider], float(held_bytes), text, tip))
+        bars.sort(key=lambda bar: bar[2])
+        left = len(lines) - len(bars)
+        caption = f"{facet.detail} · {most:,} tokens" + (f" · {left} not measured" if left else "")
+        title = f"{facet.name}, {caption}: peak memory"
+        figcaption = f"<figcaption>{escape(facet.name)}<small>{escape(caption)}</small></figcaption>"
+        charts.append(f"<figure>{figcaption}{bar_chart(bars, title=title)}</figure>")
+    if not charts:
+        return ""
+    note = "The most that a call held at once beyond weights and input, at the largest number of tokens recorded."
+    return f'<p class="note">{note}</p><div class="charts">{"".join(charts)}</div>'
 
 
 def training(rows: Sequence[Row]) -> str:
@@ -291,6 +323,10 @@ def missing(rows: Sequence[Row], benchmarks: Table) -> str:
         said.append("CUDA graphs: no row was measured with this launch.")
     if benchmark and not select(rows, Ceiling):
         said.append("Share of the ceilings: no ceiling was recorded.")
+    if benchmark and not any(one.peak_memory_bytes for one in benchmark):
+        said.append("Peak memory: no row carries it; it is recorded on a GPU.")
+    if not select(rows, SliceSeries):
+        said.append("Slices over time: these results hold no slice_series rows.")
     if not training_runs(rows):
         said.append("Training: these results hold no training rows.")
     if not expert_loads(rows):

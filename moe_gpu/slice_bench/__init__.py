@@ -3,7 +3,8 @@
 Tables: `partition` (which SMs blocks really ran on, also in a replayed graph), `rate` (GEMM and copy against SMs),
 `launch` (a launch and a graph replay in a green context), `cost` (experts on some SMs), `interference` (latency beside
 a neighbour's copies or products), `isolation` (a decode step beside background work, by each means of keeping them
-apart) and `profiler` (what ExpertProfiler adds to a layer in a graph). Times are the caller's: host clock around work
+apart), `profiler` (what ExpertProfiler adds to a layer in a graph) and `adaptive` (every policy over a load that
+shifts, planned by the costs of this run or of an earlier one). Times are the caller's: host clock around work
 and a wait for its stream. A section that fails is a row that says why, and the next goes on.
 """
 
@@ -14,7 +15,9 @@ from pathlib import Path
 
 import torch
 
+from moe_gpu.config import PRESETS
 from moe_gpu.console import progress_bar
+from moe_gpu.profiler import RoutingTrace
 from moe_gpu.results import Row, SliceRow
 from moe_gpu.slice_bench.bench import Sizes, SliceBench
 from moe_gpu.slice_bench.tables import SECTIONS
@@ -37,9 +40,13 @@ def run_slice_bench(
     output: Path | None = None,
     tables: Sequence[str] | None = None,
     trial: bool = False,
+    trace: Path | None = None,
+    layer: int = 0,
+    tokens: int = 256,
 ) -> list[Row]:
     """Measure the tables, print a summary, and keep the costs for ADAPTIVE; returns the rows.
 
+    trace: a routing trace that `adaptive` replays as well: this layer, cut into calls of so many tokens.
     trial: only try the program, with tiny work and on any machine: its rows hold no numbers, and no costs are kept.
     Raises ValueError for a file that cannot be written or on a machine that cannot measure.
     """
@@ -48,8 +55,13 @@ def run_slice_bench(
         raise ValueError(reason)
     if output is not None and not output.parent.is_dir():
         raise ValueError(f"cannot write {output}: there is no folder {output.parent}; make it or choose another file")
+    recorded = None if trace is None else RoutingTrace.load(trace)
+    if recorded is not None:
+        check_trace(recorded, preset, layer)
     device = torch.device("cpu") if trial else torch.device("cuda", torch.cuda.current_device())
     bench = SliceBench(preset, Sizes.tiny() if trial else Sizes(), device, seconds, output)
+    if recorded is not None:
+        bench.trace = (recorded, layer, tokens)
     chosen = [name for name in SECTIONS if not tables or name in tables]
     with progress_bar("slices") as progress:
         for done, name in enumerate(chosen):
@@ -63,6 +75,17 @@ def run_slice_bench(
     if output is not None:
         print(f"results: {output}")
     return bench.rows
+
+
+def check_trace(trace: RoutingTrace, preset: str, layer: int) -> None:
+    """Raise ValueError unless the trace has this layer and the preset's experts."""
+    if not 0 <= layer < trace.num_layers:
+        raise ValueError(f"layer={layer} is outside the trace's {trace.num_layers} layers")
+    if trace.num_experts != PRESETS[preset].num_experts:
+        raise ValueError(
+            f"the trace has {trace.num_experts} experts, {preset} has {PRESETS[preset].num_experts}; "
+            "choose the --preset that it was recorded with"
+        )
 
 
 def print_summary(rows: Sequence[Row]) -> None:

@@ -15,8 +15,9 @@ import torch
 
 from moe_gpu.benchmark.timing import attempt
 from moe_gpu.config import PRESETS, MoEConfig
+from moe_gpu.profiler import RoutingTrace
 from moe_gpu.reference import ExpertWeights
-from moe_gpu.results import Row, SliceRow, describe_machine, percentile, write_rows
+from moe_gpu.results import Row, SliceRow, SliceSeries, describe_machine, percentile, write_rows
 from moe_gpu.slices.costs import CostTable
 from moe_gpu.slices.green import keep_partitions, take_partitions
 from moe_gpu.slices.plan import BackendUnavailableError
@@ -40,10 +41,13 @@ class Sizes:
     profiler_tokens: int = 256
     least_s: float = 0.03  # of one sample of a rate
     samples: int = 7
+    quiet_rows: int = 128  # of a group of experts, a call
+    phase_steps: int = 24  # of a load that shifts, until it does
+    step_repeats: int = 7
 
     @classmethod
     def tiny(cls) -> Sizes:
-        return cls((8, 64), 64, 1 << 16, (8, 64), (8, 64), (1, 4), 2, 64, (32,), 0.02, 16, 0.0005, 2)
+        return cls((8, 64), 64, 1 << 16, (8, 64), (8, 256), (1, 8), 2, 64, (32,), 0.02, 16, 0.0005, 2, 4, 2, 1)
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,9 @@ class SliceBench:
         self.rows: list[Row] = [self.machine]
         self.deadline = time.monotonic() + seconds
         self.costs: CostTable | None = None
+        self.trace: tuple[RoutingTrace, int, int] | None = (
+            None  # to be replayed: which layer, in calls of how many tokens
+        )
         self._weights: ExpertWeights | None = None
         self._graphs: list[torch.cuda.CUDAGraph] = []
 
@@ -86,6 +93,12 @@ class SliceBench:
         if not self.on_gpu and facts.get("status", "ok") == "ok":
             facts = {"status": "unavailable", "reason": "tried on a CPU: nothing was measured"}
         self.rows.append(SliceRow(table, arm, what, **facts))
+
+    def add_series(self, series: SliceSeries) -> None:
+        if not self.on_gpu:
+            reason = "tried on a CPU: nothing was measured"
+            series = SliceSeries(series.scenario, series.policy, "unavailable", reason)
+        self.rows.append(series)
 
     def section(self, table: str, run: Callable[[SliceBench], None]) -> None:
         """Run a section; what it leaves undone is a row with the reason. Rows are written after it."""
@@ -121,10 +134,16 @@ class SliceBench:
             yield [Part(sms, torch.cuda.ExternalStream(handle, device=self.device)) for sms, handle in parts]
         finally:
             keep_partitions(made)
+            self.release_graphs()
+
+    def release_graphs(self) -> None:
+        """Give back what graphs hold; none of them may be replayed any more."""
+        if self.on_gpu:
             torch.cuda.synchronize(self.device)
-            for graph in self._graphs:
-                graph.reset()
-            self._graphs.clear()
+        for graph in self._graphs:
+            graph.reset()
+        self._graphs.clear()
+        if self.on_gpu:
             torch.cuda.empty_cache()
 
     def whole(self, priority: int = 0) -> Part:
@@ -195,11 +214,14 @@ class SliceBench:
 
     def experts(self, rows: int, experts: int, sms: int | None, first: int = 0) -> Callable[[], torch.Tensor]:
         """The experts' forward products over `rows` rows spread over `experts` experts from `first` on."""
-        ops = TritonExpertOps(self.device, sm_budget=None if sms == self.num_sms else sms)
-        ids = (torch.arange(rows, device=self.device, dtype=torch.int32) % experts).unsqueeze(1)
-        ids = (ids + first) % self.config.num_experts
+        ids = torch.arange(rows, device=self.device, dtype=torch.int32) % experts
+        return self.products((ids + first) % self.config.num_experts, sms)
+
+    def products(self, ids: torch.Tensor, sms: int | None) -> Callable[[], torch.Tensor]:
+        """The experts' forward products over a row for each of these expert ids."""
+        ops, rows = TritonExpertOps(self.device, sm_budget=None if sms == self.num_sms else sms), len(ids)
         x = torch.randn(rows, self.config.input_dim, device=self.device, dtype=self.dtype)
-        routing = ops.sort_routes(ids, torch.ones(rows, 1, device=self.device), self.config.num_experts)
+        routing = ops.sort_routes(ids.unsqueeze(1), torch.ones(rows, 1, device=self.device), self.config.num_experts)
 
         weights = self.weights  # made here, never inside a capture
 

@@ -11,6 +11,7 @@ import torch
 from moe_gpu.model import AdvancedMoELayer
 from moe_gpu.profiler import ExpertProfiler
 from moe_gpu.results import percentile
+from moe_gpu.slice_bench.adaptive import measure_adaptive
 from moe_gpu.slice_bench.bench import Part, SliceBench, background, run_all
 from moe_gpu.slices.costs import CostPoint, CostTable
 from moe_gpu.slices.plan import BackendUnavailableError
@@ -236,4 +237,5 @@ SECTIONS: dict[str, Callable[[SliceBench], None]] = {
     "interference": measure_interference,
     "profiler": measure_profiler,
     "cost": measure_costs,
+    "adaptive": measure_adaptive,
 }

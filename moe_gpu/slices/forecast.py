@@ -9,13 +9,18 @@ import numpy
 _RIDGE = 1e-3  # keeps the regression at "as in the last window" until it has seen more
 _FORGET = 0.98  # a window's weight in the regression falls to half in 34 windows
 _NEWEST = 0.3  # of a window in the moving averages
+_SLOW = 0.02  # of a window in how often the load shifts,
+_SHIFTS_EXPECTED = 0.03  # which is taken to be so often before any was seen
+_SHIFT = 0.3  # relative error of a forecast from which on a load may have shifted, and
+_UNUSUAL = 3.0  # times the error of late, so that noise is no shift
 
 
 class LoadForecaster:
     """Forecasts rows a call from the windows seen so far; what predicted better of late is used.
 
     EWMA: exponentially weighted moving average of each tenant's share. Ridge: one linear regression for all tenants
-    of the next share on the newest share, the one before and the EWMA, learnt online with forgetting.
+    of the next share on the newest share, the one before and the EWMA, learnt online with forgetting. A window that
+    neither foresaw at all is a shift: the averages begin anew with it, so that no forecast lags behind a jump.
     """
 
     def __init__(self) -> None:
@@ -26,6 +31,8 @@ class LoadForecaster:
         self._moment = numpy.array([_RIDGE, 0.0, 0.0])
         self._errors: dict[str, float] = {}
         self._forecasts: dict[str, dict[int, float]] = {}
+        self._error = 0.0  # EWMA of the relative error of forecasts, shifts left out
+        self.shift_share = _SHIFTS_EXPECTED  # of windows that were shifts
 
     @property
     def method(self) -> str:
@@ -38,10 +45,13 @@ class LoadForecaster:
         if total <= 0:
             return
         shares = {tenant: value / total for tenant, value in rows.items()}
-        for name, forecast in self._forecasts.items():
-            error = sum(abs(forecast.get(tenant, 0.0) - share) for tenant, share in shares.items())
-            self._errors[name] = self._smooth(self._errors.get(name), error)
-        self._learn(shares)
+        if self._has_shifted(rows, total):
+            self._ewma, self._rows = {}, 0.0
+        else:
+            for name, forecast in self._forecasts.items():
+                error = sum(abs(forecast.get(tenant, 0.0) - share) for tenant, share in shares.items())
+                self._errors[name] = self._smooth(self._errors.get(name), error)
+            self._learn(shares)
         self._ewma = {tenant: self._smooth(self._ewma.get(tenant), share) for tenant, share in shares.items()}
         self._rows = self._smooth(self._rows or None, total)
         self._shares = [*self._shares[-1:], shares]
@@ -57,9 +67,22 @@ class LoadForecaster:
         chosen = self._forecasts.get(self.method)
         return None if chosen is None else {tenant: share * self._rows for tenant, share in chosen.items()}
 
+    def _has_shifted(self, rows: Mapping[int, float], total: float) -> bool:
+        """Whether the window is nothing like its forecast."""
+        forecast = self.forecast()
+        if forecast is None:
+            return False
+        expected = sum(forecast.values())
+        error = sum(abs(forecast.get(tenant, 0.0) - value) for tenant, value in rows.items()) / max(total, expected)
+        shifted = error > max(_SHIFT, _UNUSUAL * self._error)
+        if not shifted:
+            self._error = self._smooth(self._error, error)
+        self.shift_share = self._smooth(self.shift_share, float(shifted), _SLOW)
+        return shifted
+
     @staticmethod
-    def _smooth(old: float | None, new: float) -> float:
-        return new if old is None else old + _NEWEST * (new - old)
+    def _smooth(old: float | None, new: float, newest: float = _NEWEST) -> float:
+        return new if old is None else old + newest * (new - old)
 
     def _features(self, tenant: int) -> numpy.ndarray:
         newest = self._shares[-1].get(tenant, 0.0)

@@ -75,6 +75,11 @@ class SlicePlan:
         return self.rule != "not sliced"
 
     @property
+    def kind(self) -> str:
+        """What predictions err by alike: "sliced" or "not sliced"."""
+        return "sliced" if self.sliced else "not sliced"
+
+    @property
     def sms(self) -> tuple[int, ...]:
         return tuple(item.asked_sms for item in self.slices)
 
@@ -131,6 +136,14 @@ class SlicePlan:
 def _slice(values: dict[str, Any]) -> GPUSlice:
     # What a device gave in another process says nothing about this one.
     return replace(GPUSlice(**values), got_sms=None, enforced=False)
+
+
+def groups_of(num_experts: int, groups: int) -> list[tuple[int, ...]]:
+    """Experts in consecutive groups of about the same size, as expert parallelism places them."""
+    if not 1 <= groups <= num_experts:
+        raise ValueError(f"groups={groups} must lie between 1 and the {num_experts} experts")
+    ends = [num_experts * (number + 1) // groups for number in range(groups)]
+    return [tuple(range(begin, end)) for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
 def check_sms(sms: int, device: DeviceDescription, backend: str) -> None:

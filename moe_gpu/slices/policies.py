@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from moe_gpu.slices.costs import CostTable
 from moe_gpu.slices.device import DeviceDescription
 from moe_gpu.slices.plan import ExpertAllocation, SliceError, SlicePlan, plan_of, unsliced
 
 BUSY, IDLE = 0.85, 0.5  # DYNAMIC: utilisation above which a tenant gains SMs, below which it gives some up
-EXPLORE = 0.02  # ADAPTIVE: share of decisions that try another candidate than the best
+SLICING_GAIN = 0.02  # ADAPTIVE: of predicted time that slicing must promise; what was not foreseen costs it more
+EXPLORE = 0.02  # ADAPTIVE: share of decisions, at most, that try a candidate other than the best,
+EXPLORE_COST = 0.0005  # so rarely that each of them is expected to add this share of time
 
 
 class SliceAllocationPolicy(enum.Enum):
@@ -41,7 +43,7 @@ class SliceAllocationPolicy(enum.Enum):
 class TenantLoad:
     """What a tenant does. rows, active_experts: a call, on average; None where not measured yet.
 
-    utilization: busy share of its slice, 0 to 1, as reported to the manager. forecast_*: of the next window.
+    utilization: busy share of its slice, 0 to 1, as reported to the manager. forecast_rows: of the next window.
     """
 
     allocation: ExpertAllocation
@@ -54,12 +56,25 @@ class TenantLoad:
     def expected_rows(self) -> float | None:
         return self.rows if self.forecast_rows is None else self.forecast_rows
 
+    @property
+    def work(self) -> tuple[float, float]:
+        """Experts and rows that are expected; all its experts where it is not known how many are active.
+
+        Less than a row is what a moving average has left of a load that ended.
+        """
+        rows, all_experts = self.expected_rows or 0.0, float(len(self.allocation.experts))
+        return (min(self.active_experts or all_experts, rows), rows) if rows >= 1 else (0.0, 0.0)
+
 
 @dataclass(frozen=True)
 class LoadProfile:
-    """The tenants of a device and their loads, in the order of their slices."""
+    """The tenants of a device and their loads, in the order of their slices.
+
+    shift_share: how likely the next window is nothing like its forecast.
+    """
 
     tenants: tuple[TenantLoad, ...]
+    shift_share: float = 0.0
 
     @property
     def allocations(self) -> tuple[ExpertAllocation, ...]:
@@ -71,6 +86,11 @@ class LoadProfile:
         if any(value is None for value in rows) or not sum(filter(None, rows)):
             return None
         return [float(value or 0.0) for value in rows]
+
+    def shifted_works(self) -> list[list[tuple[float, float]]]:
+        """What tenants may have to do after a shift, of which nothing is known: each load moved on to another."""
+        works = [tenant.work for tenant in self.tenants]
+        return [works[first:] + works[:first] for first in range(len(works))]
 
 
 @dataclass(frozen=True)
@@ -198,6 +218,26 @@ def plan_proportional(profile: LoadProfile, setting: Setting) -> SlicePlan:
     return plan_of(setting.device, setting.backend, "proportional", profile.allocations, sms, reason)
 
 
+def plan_balanced(profile: LoadProfile, setting: Setting, costs: CostTable) -> SlicePlan | None:
+    """Step by step to the tenant that would take longest by measured costs; None where they do not cover it."""
+    smallest, step = setting.device.limits(setting.backend)
+    step = max(step, setting.device.sm_granularity)
+    sms = [-(-smallest // step) * step] * len(profile.tenants)
+
+    def time_of(index: int) -> float | None:
+        return costs.time_ms(*profile.tenants[index].work, sms[index])
+
+    times = [time_of(index) for index in range(len(sms))]
+    while sum(sms) + step <= setting.device.usable_sms(setting.backend):
+        if any(time_ms is None for time_ms in times):
+            return None
+        slowest = max(range(len(sms)), key=lambda index: times[index] or 0.0)
+        sms[slowest] += step
+        times[slowest] = time_of(slowest)
+    reason = "SMs to whoever would take longest by measured costs"
+    return plan_of(setting.device, setting.backend, "balanced", profile.allocations, sms, reason)
+
+
 def plan_adaptive(
     profile: LoadProfile,
     setting: Setting,
@@ -208,8 +248,9 @@ def plan_adaptive(
 ) -> Choice:
     """The candidate with the least predicted time, "not sliced" being one of them.
 
-    corrections: measured over predicted time of a candidate, as seen so far. draw: a random number in [0, 1); one below
-    EXPLORE takes another candidate instead. Without a table that covers the load nothing is sliced.
+    corrections: measured over predicted time of sliced plans, and of "not sliced", as seen so far. draw: a random
+    number in [0, 1); one below EXPLORE may take another candidate instead. Without a table that covers the load nothing
+    is sliced.
     """
     if costs is None:
         reason = "no costs are measured for this device: `moe-gpu slices bench` measures them on a GPU"
@@ -219,30 +260,38 @@ def plan_adaptive(
         return Choice(unsliced(setting.device, reason))
     if profile.weights() is None:
         return Choice(unsliced(setting.device, "no load is known yet"))
-    candidates = {
-        "not sliced": unsliced(setting.device, ""),
-        "static": plan_static(profile, setting),
-        "dynamic": plan_dynamic(profile, setting, current),
-        "proportional": plan_proportional(profile, setting),
-    }
-    predicted: dict[str, float | None] = {}
-    for name, plan in candidates.items():
-        time_ms = predict_ms(plan, profile, costs)
-        predicted[name] = None if time_ms is None else time_ms * (corrections or {}).get(name, 1.0)
+    plans = [
+        unsliced(setting.device, ""),
+        plan_static(profile, setting),
+        plan_dynamic(profile, setting, current),
+        plan_proportional(profile, setting),
+        plan_balanced(profile, setting, costs),
+    ]
+    candidates = {plan.rule: plan for plan in plans if plan is not None}
+    predicted = {name: predict_ms(plan, profile, costs, corrections) for name, plan in candidates.items()}
     known = {name: time_ms for name, time_ms in predicted.items() if time_ms is not None}
     if not known or "not sliced" not in known:
         reason = "the measured costs do not cover this load; measure larger sizes with `moe-gpu slices bench`"
         return Choice(unsliced(setting.device, reason), predicted)
-    best = min(known, key=known.__getitem__)  # the first of equals: "not sliced" wins a tie
-    others = [name for name in known if name != best]
-    explored = draw < EXPLORE and bool(others)
-    name = others[int(draw / EXPLORE * len(others))] if explored else best
+    # The first of equals, so that "not sliced" wins a tie.
+    best = min(known, key=lambda name: known[name] * (1.0 if candidates[name].sliced else 1 - SLICING_GAIN))
+    tried = _explored(known, best, draw)
     shown = ", ".join(f"{other} {time_ms:.4g} ms" for other, time_ms in known.items())
-    reason = f"{'tried, to learn: ' if explored else 'least predicted time: '}{shown}"
-    plan = candidates[name]
-    # The rule is kept as "dynamic", "static", ...: corrections are learnt by it.
-    chosen = SlicePlan(plan.device, plan.num_sms, plan.backend, plan.rule, plan.slices, reason, known[name])
-    return Choice(chosen, predicted, explored)
+    reason = f"{'tried, to learn: ' if tried else 'least predicted time: '}{shown}"
+    plan = candidates[tried or best]
+    return Choice(replace(plan, reason=reason, predicted_ms=known[plan.rule]), predicted, tried is not None)
+
+
+def _explored(known: Mapping[str, float], best: str, draw: float) -> str | None:
+    """Which candidate a draw tries instead of the best, if any: the more it is expected to cost, the more rarely."""
+    for name, time_ms in known.items():
+        if name == best:
+            continue
+        excess = time_ms / known[best] - 1 if known[best] > 0 else 1.0
+        draw -= min(EXPLORE / (len(known) - 1), EXPLORE_COST / max(excess, 1e-9))
+        if draw < 0:
+            return name
+    return None
 
 
 def choose_plan(
@@ -266,12 +315,25 @@ def choose_plan(
     return Choice(plan_proportional(profile, setting))
 
 
-def predict_ms(plan: SlicePlan, profile: LoadProfile, costs: CostTable) -> float | None:
-    """Milliseconds of a call under a plan, by measured costs; None where they do not cover it."""
-    work = [
-        (tenant.active_experts or float(len(tenant.allocation.experts)), tenant.expected_rows or 0.0)
-        for tenant in profile.tenants
-    ]
+def predict_ms(
+    plan: SlicePlan, profile: LoadProfile, costs: CostTable, corrections: Mapping[str, float] | None = None
+) -> float | None:
+    """Milliseconds of a call under a plan, by measured costs; None where they do not cover it.
+
+    The expectation over the forecast and, as often as the load shifts, the same load in other places: a plan that is
+    good for this load alone is paid for at the next shift.
+    """
+    time_ms = _time_ms(plan, [tenant.work for tenant in profile.tenants], costs)
+    if time_ms is None:
+        return None
+    if profile.shift_share and len(profile.tenants) > 1:
+        shifted = [_time_ms(plan, works, costs) for works in profile.shifted_works()]
+        shifted_ms = [time_ms if value is None else value for value in shifted]
+        time_ms += profile.shift_share * (sum(shifted_ms) / len(shifted_ms) - time_ms)
+    return time_ms * (corrections or {}).get(plan.kind, 1.0)
+
+
+def _time_ms(plan: SlicePlan, work: Sequence[tuple[float, float]], costs: CostTable) -> float | None:
     if not plan.sliced:
         experts, rows = (sum(column) for column in zip(*work, strict=True))
         return costs.time_ms(experts, rows, plan.num_sms)

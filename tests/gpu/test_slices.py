@@ -9,6 +9,10 @@ from moe_gpu.gpu_slice_manager import AdvancedGPUSliceManager, GPUSliceOptimizer
 from moe_gpu.model import AdvancedMoELayer
 from moe_gpu.profiler import ExpertProfiler
 from moe_gpu.reference import count_load_reference, load_state_size
+from moe_gpu.results import SliceRow, SliceSeries, select
+from moe_gpu.slice_bench.adaptive import measure_adaptive
+from moe_gpu.slice_bench.bench import Sizes, SliceBench
+from moe_gpu.slices.costs import CostPoint, CostTable
 from moe_gpu.slices.device import present_device
 from moe_gpu.slices.green import GreenPartitions
 from moe_gpu.slices.plan import BackendUnavailableError, SliceError
@@ -163,3 +167,25 @@ def test_replays_of_a_graph_are_counted_and_drive_the_optimiser():
     decision = GPUSliceOptimizer(manager, profiler).step()
     assert sum(decision.sms) == manager.device.num_sms
     manager.close()
+
+
+def test_every_policy_really_runs_in_its_slices_over_a_load_that_shifts(green):
+    device = present_device()
+    sizes = sorted({8, 32, 64, 128, device.num_sms})
+    grid = ((experts, rows, sms) for experts in (1, 128) for rows in (8, 65536) for sms in sizes)
+    points = tuple(CostPoint(experts, rows, sms, 1e-3 + rows / sms**0.5) for experts, rows, sms in grid)
+    bench = SliceBench("qwen3-30b-a3b", Sizes.tiny(), torch.device("cuda", 0), 600.0, None)
+    bench.costs = CostTable(bench.machine, bench.preset, "bfloat16", "green_context", points, 1.0, 0.0)
+    measure_adaptive(bench)
+    series = select(bench.rows, SliceSeries)
+    assert len(series) == 10
+    for one in series:
+        assert one.status == "ok"
+        assert len(one.sms) == len(one.rows)
+        assert min(one.time_ms) > 0
+        for sms in one.sms:
+            assert sms is None or (min(sms) >= device.min_slice_sms and sum(sms) <= device.num_sms)
+    assert {one.policy: None in one.sms for one in series[:5]}["proportional"] is False
+    assert any(one.sms[0] is not None for one in series if one.policy == "adaptive"), "by these costs slices pay"
+    totals = [row for row in select(bench.rows, SliceRow) if row.table == "adaptive" and row.unit == "ms"]
+    assert [row.value for row in totals] == pytest.approx([sum(one.time_ms) for one in series])
