@@ -217,7 +217,7 @@ class SliceRow:
     """One measurement of slices. status: "ok", "unavailable" or "failed"; `reason` says why unless ok."""
 
     kind: ClassVar[str] = "slice"
-    table: str  # of `slices bench`: "rate", "launch", "isolation", "cost", "adaptive", ...; or "graphs", "beside", "divided"
+    table: str  # of `slices bench`: "rate", "isolation", "adaptive", ...; of others: "graphs", "beside", "divided"
     arm: str  # how the work was kept apart, or launched: "alone", "unsliced", "cta", "green_context", "replay", ...
     what: str  # the work that was timed
     status: str = "ok"
