@@ -14,7 +14,9 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from moe_gpu.results import TrainingRow, describe_machine, writable_directory, write_rows
+from moe_gpu.files import writable_directory
+from moe_gpu.machine import describe_machine
+from moe_gpu.results import TrainingRow, write_rows
 from moe_gpu.training import TrainConfig, train
 
 SEEDS = (0, 1, 2)

@@ -47,9 +47,10 @@ from moe_gpu.energy_model import EnergyModel
 from moe_gpu.energy_monitor import EnergyMonitor, EnergyTrials, PowerSampler, measure_interleaved, select_sm_slice
 from moe_gpu.energy_monitor.trials import Ratio, compare_trials
 from moe_gpu.layer_energy import work_of
+from moe_gpu.machine import describe_machine
 from moe_gpu.nvml import Device
 from moe_gpu.reference import ExpertWeights
-from moe_gpu.results import BenchmarkRow, Finding, Row, describe_machine, read_rows, write_rows
+from moe_gpu.results import BenchmarkRow, Finding, Row, read_rows, write_rows
 from moe_gpu.triton_kernels.ops import TritonExpertOps
 
 QWEN, MIXTRAL = "qwen3-30b-a3b", "mixtral-8x7b"

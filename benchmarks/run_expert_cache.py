@@ -25,9 +25,10 @@ from moe_gpu.benchmark.timing import attempt, describe_samples
 from moe_gpu.config import PRESETS, MoEConfig
 from moe_gpu.expert_cache import ExpertCache
 from moe_gpu.expert_cache.simulate import counted, simulate
+from moe_gpu.machine import describe_machine
 from moe_gpu.model import AdvancedMoELayer, set_hbm_budget
 from moe_gpu.profiler import RoutingTrace
-from moe_gpu.results import ExpertCacheRow, Row, describe_machine, write_rows
+from moe_gpu.results import ExpertCacheRow, Row, write_rows
 
 MODEL = "olmoe-1b-7b"
 SHARES = (0.25, 0.5, 0.75)

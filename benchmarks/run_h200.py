@@ -19,7 +19,8 @@ from moe_gpu.benchmark import MoEBenchmark
 from moe_gpu.benchmark.table import baseline_times, case_of, untimed
 from moe_gpu.benchmark.timing import attempt, measure_ceilings
 from moe_gpu.config import PRESETS, MoEConfig
-from moe_gpu.results import BenchmarkRow, Row, describe_machine, select, write_rows
+from moe_gpu.machine import describe_machine
+from moe_gpu.results import BenchmarkRow, Row, select, write_rows
 
 LOOP, TRANSFORMERS, OURS = "torch_loop", "transformers_grouped_mm", "moe_gpu"
 LOOP_GOAL, TRANSFORMERS_GOAL = 3.0, 1.0

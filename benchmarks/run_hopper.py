@@ -40,8 +40,9 @@ from moe_gpu.benchmark.timing import (
     warm_up,
 )
 from moe_gpu.config import PRESETS, MoEConfig
+from moe_gpu.machine import describe_machine
 from moe_gpu.reference import ExpertWeights, QuantisedExperts
-from moe_gpu.results import Finding, Row, describe_machine, write_rows
+from moe_gpu.results import Finding, Row, write_rows
 from moe_gpu.triton_kernels.ops import TritonExpertOps
 
 TABLES = ("training", "decode", "skew", "fp8", "budget", "precision")

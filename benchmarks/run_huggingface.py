@@ -42,7 +42,8 @@ from moe_gpu.benchmark.timing import Job, Timer, attempt
 from moe_gpu.config import PRESETS, MoEConfig
 from moe_gpu.cuda_graph_manager import CUDAGraphManager
 from moe_gpu.huggingface import enable, register
-from moe_gpu.results import BenchmarkRow, Row, describe_machine, select, write_rows
+from moe_gpu.machine import describe_machine
+from moe_gpu.results import BenchmarkRow, Row, select, write_rows
 
 MODEL = "qwen3-30b-a3b"
 OURS, LOOP, NOTHING = "moe_gpu", "eager", "moe_gpu_benchmark_zeros"

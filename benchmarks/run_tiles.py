@@ -34,7 +34,8 @@ from moe_gpu.benchmark.timing import (
 )
 from moe_gpu.config import PRESETS
 from moe_gpu.explain import Gpu, LayerProduct, hopper_reason, layer_products, present_gpu
-from moe_gpu.results import Row, describe_machine, stamp, write_rows
+from moe_gpu.machine import describe_machine
+from moe_gpu.results import Row, stamp, write_rows
 from moe_gpu.triton_kernels.tile_table import Tile, path_of
 from moe_gpu.triton_kernels.tuning import (
     GemmConfig,

@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 from moe_gpu import PRESETS, AdvancedMoELayer, ExpertProfiler, publish
-from moe_gpu.results import Finding, Row, describe_machine, write_rows
+from moe_gpu.machine import describe_machine
+from moe_gpu.results import Finding, Row, write_rows
 
 GOAL_PCT = 1.0
 T95 = {7: 2.365, 11: 2.201, 15: 2.131, 19: 2.093}  # Student's t by degrees of freedom

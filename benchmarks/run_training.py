@@ -21,7 +21,9 @@ from pathlib import Path
 import torch
 
 from moe_gpu.benchmark.timing import attempt
-from moe_gpu.results import BenchmarkRow, Row, TrainingRow, describe_machine, select, writable_directory, write_rows
+from moe_gpu.files import writable_directory
+from moe_gpu.machine import describe_machine
+from moe_gpu.results import BenchmarkRow, Row, TrainingRow, select, write_rows
 from moe_gpu.training import TrainConfig, load_checkpoint, train
 
 LARGE = {"model_dim": 1024, "hidden_dim": 768, "num_layers": 4, "num_heads": 16, "num_experts": 32, "top_k": 8}

@@ -16,16 +16,10 @@ import torch
 from command_line import run, training_config, training_options
 
 from moe_gpu.console import progress_bar
+from moe_gpu.files import writable_directory, write_atomically
+from moe_gpu.machine import describe_machine
 from moe_gpu.plots import draw_training, require_matplotlib
-from moe_gpu.results import (
-    ExpertLoadRow,
-    TrainingRow,
-    describe_machine,
-    select,
-    to_json,
-    writable_directory,
-    write_atomically,
-)
+from moe_gpu.results import ExpertLoadRow, TrainingRow, select, to_json
 from moe_gpu.training import TrainResult, train
 
 

@@ -13,8 +13,8 @@ import torch
 from command_line import run, training_config, training_options
 
 from moe_gpu.console import progress_bar
+from moe_gpu.files import writable_directory
 from moe_gpu.plots import require_matplotlib
-from moe_gpu.results import writable_directory
 from moe_gpu.training import MoELanguageModel, evaluate, load_text, next_token_loss
 
 READ_EVERY = 10  # reading a loss waits for the device

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from moe_gpu.files import write_atomically
 from moe_gpu.profiler import ExpertProfiler, LoadWindow
-from moe_gpu.results import write_atomically
 
 CATEGORY = "moe_gpu"
 

@@ -14,10 +14,11 @@ from moe_gpu.benchmark import MoEBenchmark, run_benchmarks
 from moe_gpu.benchmark.suite import choose_device
 from moe_gpu.config import PRESETS, MoEConfig
 from moe_gpu.console import progress_bar
+from moe_gpu.files import writable_directory
 from moe_gpu.plots import require_matplotlib
 from moe_gpu.plots.data import compare, gaps, tabulate
 from moe_gpu.profiler import RoutingTrace
-from moe_gpu.results import ExpertLoadRow, Row, writable_directory, write_rows
+from moe_gpu.results import ExpertLoadRow, Row, write_rows
 from moe_gpu.runs import REPORT_FILE, RESULTS_FILE, draw_files, train_with_progress, training_config
 from moe_gpu.training import TrainConfig, record_trace
 

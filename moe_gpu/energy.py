@@ -18,21 +18,12 @@ from moe_gpu.config import PRESETS, MoEConfig
 from moe_gpu.console import progress_bar
 from moe_gpu.energy_model import IDLE, EnergyModel, EnergyReport, Workload
 from moe_gpu.energy_monitor import EnergyMonitor, EnergyTrials, EnergyUnavailableError, PowerSampler
+from moe_gpu.files import writable_directory
 from moe_gpu.layer_energy import work_of
 from moe_gpu.metrics import EnergyCollector, MetricsServer
 from moe_gpu.profiler import RoutingTrace
 from moe_gpu.reference import ExpertWeights
-from moe_gpu.results import (
-    AttributionSum,
-    BenchmarkRow,
-    EnergyMeasurement,
-    Finding,
-    Row,
-    read_rows,
-    select,
-    writable_directory,
-    write_rows,
-)
+from moe_gpu.results import AttributionSum, BenchmarkRow, EnergyMeasurement, Finding, Row, read_rows, select, write_rows
 from moe_gpu.triton_kernels.ops import TritonExpertOps
 
 ENERGY_FILE = "energy.jsonl"

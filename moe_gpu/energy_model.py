@@ -26,7 +26,8 @@ import numpy as np
 from moe_gpu.energy_monitor import EnergyMonitor, EnergyTrials, measure_interleaved
 from moe_gpu.energy_monitor.monitor import write_csv
 from moe_gpu.energy_work import LayerWork
-from moe_gpu.results import AttributionRow, AttributionSum, EnergyMeasurement, cache_directory, write_atomically
+from moe_gpu.files import cache_directory, write_atomically
+from moe_gpu.results import AttributionRow, AttributionSum, EnergyMeasurement
 
 SCHEMA = 2
 ATTRIBUTION_COLUMNS = (

@@ -13,9 +13,11 @@ import torch
 from moe_gpu.benchmark.suite import choose_device
 from moe_gpu.console import SHADES, progress_bar, shade
 from moe_gpu.extras import MissingExtraError
+from moe_gpu.files import writable_directory
+from moe_gpu.machine import describe_machine
 from moe_gpu.plots import FIGURES, require_matplotlib
 from moe_gpu.profiler import ExpertProfiler, ExpertSnapshot, RoutingTrace
-from moe_gpu.results import ExpertLoadRow, Row, describe_machine, writable_directory, write_rows
+from moe_gpu.results import ExpertLoadRow, Row, write_rows
 from moe_gpu.runs import training_config
 from moe_gpu.training import TrainConfig
 from moe_gpu.training.loop import Trainer

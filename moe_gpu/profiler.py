@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from moe_gpu.config import COLD, HOT
+from moe_gpu.files import write_atomically
 from moe_gpu.reference import PADDING_TILES, count_load_reference, load_state_size
-from moe_gpu.results import write_atomically
 from moe_gpu.triton_kernels.ops import TritonExpertOps
 
 

@@ -8,19 +8,12 @@ Unknown is None, never 0. Units stand in the names.
 from __future__ import annotations
 
 import json
-import os
-import platform
-import re
-import subprocess
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, get_args
+from typing import Any, ClassVar, get_args
 
-if TYPE_CHECKING:
-    import torch
+from moe_gpu.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -421,49 +414,6 @@ def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
     write_atomically(path, "".join(to_json(row) + "\n" for row in rows).encode())
 
 
-def write_atomically(path: str | Path, content: bytes) -> None:
-    """Replace `path` with `content`, or leave it untouched if anything fails."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def cache_directory() -> Path:
-    """Where measured tables and calibrations are kept: MOE_GPU_CACHE, by default ~/.cache/moe_gpu; not made here."""
-    return Path(os.environ.get("MOE_GPU_CACHE") or os.path.expanduser("~/.cache/moe_gpu"))
-
-
-def writable_directory(path: str | Path) -> Path:
-    """The folder, made if need be, in which a file could be written just now; ValueError where none can."""
-    path = Path(path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise ValueError(f"cannot write to {path}: {error.strerror}; choose another --output-dir") from error
-    return path
-
-
-def device_cache_path(folder: str, device_name: str) -> Path:
-    """The user's file about a GPU model, as `tiles/h200.json`."""
-    return cache_directory() / folder / device_file_name(device_name)
-
-
-def device_file_name(device_name: str) -> str:
-    """`h200.json` for "NVIDIA H200"."""
-    return re.sub(r"[^a-z0-9]+", "-", device_name.lower()).removeprefix("nvidia-").strip("-") + ".json"
-
-
 def read_rows(path: str | Path) -> list[Row]:
     """All rows of a file; ResultsError in one line for a missing, empty, truncated or corrupt one."""
     path = Path(path)
@@ -498,73 +448,3 @@ def percentile(samples: Sequence[float], share: float) -> float:
     low = int(position)
     high = min(low + 1, len(ordered) - 1)
     return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
-
-
-def _version(module: str) -> str | None:
-    from importlib import metadata
-
-    try:
-        return metadata.version(module)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _git(*arguments: str) -> str | None:
-    root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return None
-    try:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def describe_machine(device: torch.device) -> Machine:
-    """The machine that `device` belongs to, as it is now; MOE_GPU_COMMIT names the commit outside a checkout."""
-    import torch
-
-    commit = os.environ.get("MOE_GPU_COMMIT") or _git("rev-parse", "HEAD")
-    status = _git("status", "--porcelain", "--untracked-files=no")
-    common: dict[str, Any] = dict(
-        python=platform.python_version(),
-        torch=torch.__version__,
-        triton=_version("triton"),
-        transformers=_version("transformers"),
-        os=platform.platform(terse=True),
-        recorded_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        commit=commit,
-        commit_dirty=None if status is None else bool(status),
-        num_threads=torch.get_num_threads(),
-    )
-    if device.type != "cuda":
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
-        return Machine(device=_cpu_name(), device_type="cpu", memory_bytes=memory, **common)
-    properties = torch.cuda.get_device_properties(device)
-    return Machine(
-        device=properties.name,
-        device_type="cuda",
-        cuda=torch.version.cuda,
-        driver=_driver_version(),
-        compute_capability=f"{properties.major}.{properties.minor}",
-        num_sms=properties.multi_processor_count,
-        memory_bytes=properties.total_memory,
-        l2_bytes=getattr(properties, "L2_cache_size", None),
-        **common,
-    )
-
-
-def _driver_version() -> str | None:
-    from moe_gpu import nvml
-
-    return nvml.driver_version()

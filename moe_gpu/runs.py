@@ -17,10 +17,11 @@ from moe_gpu.config import PRESETS, MoEConfig
 from moe_gpu.console import progress_bar
 from moe_gpu.energy import energy_plan, print_energy
 from moe_gpu.extras import MissingExtraError
+from moe_gpu.files import writable_directory
 from moe_gpu.plots import FIGURES, draw_training, require_matplotlib
 from moe_gpu.profiler import RoutingTrace
 from moe_gpu.report import write_report
-from moe_gpu.results import ABLATION, BenchmarkRow, Row, TrainingRow, read_rows, select, writable_directory, write_rows
+from moe_gpu.results import ABLATION, BenchmarkRow, Row, TrainingRow, read_rows, select, write_rows
 from moe_gpu.training import (
     TrainConfig,
     TrainResult,

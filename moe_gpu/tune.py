@@ -27,7 +27,8 @@ from moe_gpu.benchmark.timing import Job, Timer, attempt, measure_ceilings, time
 from moe_gpu.config import PRESETS, MoEConfig
 from moe_gpu.console import Progress, progress_bar
 from moe_gpu.explain import Gpu, LayerProduct, hopper_reason, layer_products, present_gpu
-from moe_gpu.results import Row, TileRow, describe_machine, percentile, write_rows
+from moe_gpu.machine import describe_machine
+from moe_gpu.results import Row, TileRow, percentile, write_rows
 from moe_gpu.triton_kernels.tile_table import (
     Cell,
     Entry,

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 
 from moe_gpu.benchmark.timing import Timer
 from moe_gpu.config import MoEConfig
+from moe_gpu.machine import describe_machine
 from moe_gpu.reference import ExpertWeights
-from moe_gpu.results import BenchmarkRow, Finding, describe_machine, read_rows, select
+from moe_gpu.results import BenchmarkRow, Finding, read_rows, select
 from moe_gpu.triton_kernels.ops import TritonExpertOps
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"

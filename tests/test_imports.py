@@ -14,7 +14,7 @@ import moe_gpu
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "moe_gpu"
 
-LEAVES = {"config", "reference", "results", "nvml", "extras"}
+LEAVES = {"config", "reference", "results", "files", "machine", "nvml", "extras"}
 MANAGERS = {"profiler", "gpu_slice_manager", "expert_cache", "cuda_graph_manager", "energy_monitor", "energy_model"}
 LAYERS = LEAVES | MANAGERS | {"energy_work", "slices", "expert_slices", "triton_kernels", "expert_parallel"}
 LAYERS |= {"moe_layer", "model"}
@@ -27,7 +27,9 @@ ALLOWED = {
     "nvml": set(),
     "extras": set(),
     "reference": {"config"},
-    "results": {"nvml"},
+    "files": set(),
+    "results": {"files"},
+    "machine": {"results", "nvml"},
     "triton_kernels": LEAVES,
     "expert_parallel": LEAVES | {"triton_kernels"},
     "slices": LEAVES,

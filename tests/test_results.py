@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from moe_gpu.files import write_atomically
+from moe_gpu.machine import describe_machine
 from moe_gpu.results import (
     BenchmarkRow,
     Ceiling,
@@ -13,13 +15,11 @@ from moe_gpu.results import (
     ResultsError,
     SliceRow,
     TrainingRow,
-    describe_machine,
     from_json,
     percentile,
     read_rows,
     select,
     to_json,
-    write_atomically,
     write_rows,
 )
 

@@ -26,9 +26,10 @@ from moe_gpu.benchmark.suite import MoEBenchmark, Progress, choose_device
 from moe_gpu.config import PRESETS, MoEConfig
 from moe_gpu.cuda_graph_manager import BatchScheduler
 from moe_gpu.cuda_graph_manager.scheduler import Arm, default_arms
+from moe_gpu.machine import describe_machine
 from moe_gpu.model import AdvancedMoELayer
 from moe_gpu.moe_layer import Expert, MoELayer
-from moe_gpu.results import ABLATION, BenchmarkRow, Row, describe_machine, select, stamp
+from moe_gpu.results import ABLATION, BenchmarkRow, Row, select, stamp
 from moe_gpu.slices.device import present_device
 from moe_gpu.triton_kernels.ops import TritonExpertOps
 

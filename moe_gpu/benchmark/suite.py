@@ -26,8 +26,9 @@ from moe_gpu.benchmark.providers import PROVIDERS
 from moe_gpu.benchmark.table import print_rows
 from moe_gpu.benchmark.timing import attempt
 from moe_gpu.config import PRESETS, MoEConfig
+from moe_gpu.machine import describe_machine
 from moe_gpu.profiler import RoutingTrace
-from moe_gpu.results import BenchmarkRow, Ceiling, Row, describe_machine, stamp, write_rows
+from moe_gpu.results import BenchmarkRow, Ceiling, Row, stamp, write_rows
 
 LAUNCHES = ("eager", "graph")
 Progress = Callable[[int, int, str], None]

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from moe_gpu.energy_monitor.ticks import Clock, Meter, Readings, TickReader, fit_slope, known
+from moe_gpu.files import write_atomically
 from moe_gpu.nvml import SLOWED, Device, GpuLostError, NvmlUnavailableError
-from moe_gpu.results import EnergyMeasurement, write_atomically
+from moe_gpu.results import EnergyMeasurement
 
 logger = logging.getLogger("moe_gpu")
 

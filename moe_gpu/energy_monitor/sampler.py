@@ -15,8 +15,8 @@ from typing import Any
 
 from moe_gpu.energy_monitor.monitor import EnergyUnavailableError, open_meter, write_csv
 from moe_gpu.energy_monitor.ticks import Clock
+from moe_gpu.files import write_atomically
 from moe_gpu.nvml import GpuLostError, Sample
-from moe_gpu.results import write_atomically
 
 logger = logging.getLogger("moe_gpu")
 

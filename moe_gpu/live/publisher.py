@@ -26,6 +26,7 @@ from torch import nn
 from moe_gpu.energy_monitor import EnergyUnavailableError
 from moe_gpu.energy_monitor.monitor import open_meter
 from moe_gpu.expert_cache import ExpertCache
+from moe_gpu.files import write_atomically
 from moe_gpu.gpu_slice_manager import AdvancedGPUSliceManager
 from moe_gpu.huggingface.attachment import Attachment
 from moe_gpu.huggingface.forward import backend_of
@@ -50,7 +51,6 @@ from moe_gpu.live.status import (
 )
 from moe_gpu.model import AdvancedMoELayer
 from moe_gpu.profiler import ExpertProfiler, LoadReading
-from moe_gpu.results import write_atomically
 
 logger = logging.getLogger("moe_gpu")
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from moe_gpu.results import cache_directory
+from moe_gpu.files import cache_directory
 
 FORMAT = "moe_gpu.live/1"
 MAX_BYTES = 64 << 20

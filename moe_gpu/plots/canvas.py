@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moe_gpu.extras import require
+from moe_gpu.files import write_atomically
 from moe_gpu.plots.data import BASELINE, OURS, Gap, Run, Series, dtypes, short, short_tokens
-from moe_gpu.results import Row, write_atomically
+from moe_gpu.results import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from moe_gpu.files import write_atomically
 from moe_gpu.report.page import build_page
-from moe_gpu.results import Row, write_atomically
+from moe_gpu.results import Row
 
 __all__ = ["write_report"]
 

@@ -15,9 +15,10 @@ import torch
 
 from moe_gpu.benchmark.timing import attempt
 from moe_gpu.config import PRESETS, MoEConfig
+from moe_gpu.machine import describe_machine
 from moe_gpu.profiler import RoutingTrace
 from moe_gpu.reference import ExpertWeights
-from moe_gpu.results import Row, SliceRow, SliceSeries, describe_machine, percentile, write_rows
+from moe_gpu.results import Row, SliceRow, SliceSeries, percentile, write_rows
 from moe_gpu.slices.costs import CostTable
 from moe_gpu.slices.green import keep_partitions, take_partitions
 from moe_gpu.slices.plan import BackendUnavailableError

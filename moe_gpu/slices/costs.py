@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
-from moe_gpu.results import Machine, device_cache_path, write_atomically
+from moe_gpu.files import device_cache_path, write_atomically
+from moe_gpu.results import Machine
 
 SCHEMA = 1
 

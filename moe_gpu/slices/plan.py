@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moe_gpu.results import write_atomically
+from moe_gpu.files import write_atomically
 from moe_gpu.slices.device import DeviceDescription
 
 SCHEMA = 1

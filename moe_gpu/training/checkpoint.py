@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from moe_gpu.results import ResultsError, TrainingRow, from_json, to_json, write_atomically
+from moe_gpu.files import write_atomically
+from moe_gpu.results import ResultsError, TrainingRow, from_json, to_json
 from moe_gpu.training.config import TrainConfig
 from moe_gpu.training.expert_load import ExpertLoads
 from moe_gpu.training.language_model import MoELanguageModel

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from moe_gpu.results import ExpertLoadRow, ResultsError, write_atomically
+from moe_gpu.files import write_atomically
+from moe_gpu.results import ExpertLoadRow, ResultsError
 
 EXPERT_LOAD_FILE = "expert_load.safetensors"
 FORMAT = "moe_gpu.expert_load/1"

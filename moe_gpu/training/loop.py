@@ -16,11 +16,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from moe_gpu.files import writable_directory
 from moe_gpu.live.publisher import Publisher
 from moe_gpu.live.publisher import publish as publish_model
 from moe_gpu.live.status import Progress
 from moe_gpu.reference import update_selection_bias
-from moe_gpu.results import ExpertLoadRow, TrainingRow, writable_directory
+from moe_gpu.results import ExpertLoadRow, TrainingRow
 from moe_gpu.training.checkpoint import (
     Checkpoint,
     Saved,

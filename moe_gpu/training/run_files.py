@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from moe_gpu.extras import require
-from moe_gpu.results import Row, TrainingRow, describe_machine, write_atomically, write_rows
+from moe_gpu.files import write_atomically
+from moe_gpu.machine import describe_machine
+from moe_gpu.results import Row, TrainingRow, write_rows
 from moe_gpu.training.config import TrainConfig
 from moe_gpu.training.config_file import CONFIG_FILE
 from moe_gpu.training.expert_load import EXPERT_LOAD_FILE, ExpertLoads, LoadMetrics

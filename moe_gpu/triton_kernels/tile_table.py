@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from moe_gpu.results import Ceiling, Machine, device_cache_path, device_file_name, write_atomically
+from moe_gpu.files import device_cache_path, device_file_name, write_atomically
+from moe_gpu.results import Ceiling, Machine
 from moe_gpu.triton_kernels.tuning import (
     HOPPER_MIN_ROWS_PER_EXPERT,
     KINDS,
