@@ -162,6 +162,9 @@ def test_slices_of_a_manager_and_of_layers():
     model[1].use_slice(manager.slices[0])
     with publish(model) as publisher:
         assert [item.holder for item in publisher.status.slices] == ["1"]
+    model[0].divide_experts(2)
+    with publish(model) as publisher:
+        assert [item.holder for item in publisher.status.slices] == ["0: expert 0", "0: expert 4", "1"]
 
 
 def test_an_expert_cache_is_counted_once_however_many_layers_share_it():

@@ -51,6 +51,7 @@ from moe_gpu.live.status import (
 )
 from moe_gpu.model import AdvancedMoELayer
 from moe_gpu.profiler import ExpertProfiler, LoadReading
+from moe_gpu.slices.plan import GPUSlice
 
 logger = logging.getLogger("moe_gpu")
 
@@ -254,19 +255,18 @@ class Publisher:
         return [flags for flags in map(_flags_of, self._layers) if flags is not None]
 
     def _slice_list(self) -> list[SliceStatus] | None:
+        """Of the manager that was given; else each layer's own, or those that its experts are divided among."""
         if self._slices is not None:
-            plan = self._slices.plan
-            who = {item.index: "everybody" if item.tenant is None else f"expert {item.tenant}" for item in plan.slices}
-            return [
-                SliceStatus(who[item.index], item.backend, item.asked_sms, item.got_sms, item.enforced)
-                for item in plan.slices
-            ]
-        held = [(layer.name, getattr(_flags_of(layer), "slice", None)) for layer in self._layers]
-        return [
-            SliceStatus(name, item.backend, item.asked_sms, item.got_sms, item.enforced)
-            for name, item in held
-            if item is not None
-        ] or None
+            return _slices_of(self._slices)
+        found: list[SliceStatus] = []
+        for layer in self._layers:
+            flags = _flags_of(layer)
+            held, divided = getattr(flags, "slice", None), getattr(flags, "divided", None)
+            if held is not None:
+                found.append(_slice_status(layer.name, held))
+            elif divided is not None:
+                found += _slices_of(divided.manager, f"{layer.name}: ")
+        return found or None
 
     def _cache(self) -> CacheStatus | None:
         caches: list[ExpertCache] = []
@@ -295,6 +295,17 @@ def _backend_of(layer: _Layer) -> str | None:
     if isinstance(module, AdvancedMoELayer):
         return module.ops.backend_for(module.gate_up_proj.dtype).name
     return None if _flags_of(layer) is None else backend_of(module).name
+
+
+def _slices_of(manager: AdvancedGPUSliceManager, of: str = "") -> list[SliceStatus]:
+    return [
+        _slice_status(of + ("everybody" if item.tenant is None else f"expert {item.tenant}"), item)
+        for item in manager.plan.slices
+    ]
+
+
+def _slice_status(holder: str, item: GPUSlice) -> SliceStatus:
+    return SliceStatus(holder, item.backend, item.asked_sms, item.got_sms, item.enforced)
 
 
 def _load(layer: _Layer, reading: LoadReading | None) -> LayerLoad:
