@@ -3,7 +3,7 @@
 #
 # tests      every GPU test, eight at a time with pytest-xdist (3.5 minutes on 16 cores); first: nothing is timed on red tests
 # alone      the GPU tests that look at the whole GPU's energy, memory and SMs, with nothing beside them
-# decode     skewed routing in graphs beside vLLM and triton_kernels, if installed; repeats bit for bit
+# decode     routing; skewed routing in graphs beside vLLM and triton_kernels, if installed; repeats bit for bit
 # fp8        experts with FP8 weights beside the same in bf16, in graphs: by the rules, and by each way there is
 # experts    training shapes beside SonicMoE, if installed (it compiles for minutes), and bmm; peak memory; SM budgets
 # layer      the whole layer beside its peers, eager launches among them
@@ -29,7 +29,7 @@ tests)
     $python -m pytest -q $beside tests/gpu ${alone//tests/--ignore=tests} 2>&1 | tee "$folder/tests.log"
     ;;
 alone) $python -m pytest -q $alone 2>&1 | tee "$folder/alone.log" ;;
-decode) $python benchmarks/run_hopper.py "$folder/h200_decode.jsonl" --table skew --table precision --table decode ;;
+decode) $python benchmarks/run_hopper.py "$folder/h200_decode.jsonl" --table routing --table precision --table skew --table decode ;;
 fp8) $python benchmarks/run_hopper.py "$folder/h200_fp8.jsonl" --table fp8 ;;
 experts) $python benchmarks/run_hopper.py "$folder/h200_experts.jsonl" --table training --table budget ;;
 layer) $python benchmarks/run_h200.py "$folder/h200_layer.jsonl" ;;

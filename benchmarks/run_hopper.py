@@ -5,7 +5,8 @@ L2: `training` (forward and forward+backward, peak memory; beside them `bmm`, th
 groups as cuBLAS batched products, without gather, activation or combine), `decode` and `skew` (CUDA graphs that rotate
 copies of the weights, beside vLLM's experts and OpenAI's triton_kernels; skew's largest sizes eager and ours alone),
 `fp8` (weights in FP8 beside the same in bf16, in such graphs: by the rules, and by each way there is), `budget` (the
-same products on fewer SMs) and `precision` (are repeats equal bit for bit). `--table` runs some only.
+same products on fewer SMs), `precision` (are repeats equal bit for bit) and `routing` (what choosing and sorting take,
+and their share of the whole). `--table` runs some only.
 """
 
 from __future__ import annotations
@@ -41,11 +42,11 @@ from moe_gpu.benchmark.timing import (
 )
 from moe_gpu.config import PRESETS, MoEConfig
 from moe_gpu.machine import describe_machine
-from moe_gpu.reference import ExpertWeights, QuantisedExperts
-from moe_gpu.results import Finding, Row, write_rows
+from moe_gpu.reference import ExpertWeights, QuantisedExperts, sort_routes_reference
+from moe_gpu.results import Finding, Row, percentile, write_rows
 from moe_gpu.triton_kernels.ops import TritonExpertOps
 
-TABLES = ("training", "decode", "skew", "fp8", "budget", "precision")
+TABLES = ("training", "decode", "skew", "fp8", "budget", "precision", "routing")
 QWEN, MIXTRAL, OLMOE, DEEPSEEK = "qwen3-30b-a3b", "mixtral-8x7b", "olmoe-1b-7b", "deepseek-v3"
 TRAINING = [
     (QWEN, PRESETS[QWEN], 16384),
@@ -68,6 +69,9 @@ SKEW_GRAPH_SIZES, SKEW_EAGER_SIZES = (256, 1024, 4096), (8192, 16384)
 FP8_SIZES = (1, 8, 64, 256, 1024, 4096)
 REPEATS = 100
 PRECISION = ((1, "forward"), (64, "forward"), (1024, "forward"), (16384, "forward"), (1024, "forward+backward"))
+ROUTING_SIZES = (1, 8, 64, 256, 1024, 4096, 16384)
+ROUTING_CALLS = 20  # in one graph: a single call is no longer than what starts a graph
+ROUTING_GOAL = 0.05  # share of the whole, from 4096 tokens on
 COPY_BYTES = 400 << 20  # weights that together leave nothing of each other in the L2
 GRAPH_BUDGET_S = 0.12
 
@@ -176,7 +180,7 @@ class Recorder:
 
     def note(self, finding: Finding) -> None:
         self.rows.append(finding)
-        said = finding.reason or f"{finding.value} of {finding.samples} {finding.unit}"
+        said = finding.reason or f"{finding.value:.4g} {finding.unit} ({finding.samples} samples)"
         print(f"{time.monotonic() - self.begin:6.1f} s  {finding.name}: {said}", flush=True)
         write_rows(self.path, self.rows)
 
@@ -351,6 +355,61 @@ def budget(recorder: Recorder, _: TritonExpertOps) -> None:
             ops = TritonExpertOps("cuda", sm_budget=sms)
             builds[f"moe_gpu {sms} SMs"] = lambda ops=ops, p=p: pass_job(p, lambda: run_ours(p, ops), "forward")
         recorder.record(QWEN, p, "forward", "eager", builds)
+
+
+def require_sorted(p: Problem, ops: TritonExpertOps) -> None:
+    """RuntimeError unless the given choices are sorted as the reference sorts them."""
+    found = ops.sort_routes(p.ids, p.scores, p.config.num_experts)
+    rows = (found.demand_P, found.offsets_P, found.row_route_R, found.row_of_route_TK)
+    wanted = sort_routes_reference(p.ids.cpu(), p.config.num_experts, None)
+    if not all(torch.equal(row.cpu(), want) for row, want in zip(rows, wanted, strict=True)):
+        raise RuntimeError("the routes are not sorted as by the reference")
+
+
+def routing_jobs(p: Problem, ops: TritonExpertOps) -> dict[str, tuple[Job, int]]:
+    """Graphs of routing alone and of the whole, by name, each with how many calls it holds; sorting is checked."""
+    c = p.config
+    require_sorted(p, ops)
+    logits = torch.randn(p.num_tokens, c.num_experts, device=p.x.device, dtype=torch.bfloat16)
+    weights = ExpertWeights(p.up, p.down)
+    route = functools.partial(ops.route, logits, c.top_k, c.router)
+
+    def graph(call: Callable[[], Any], count: int) -> tuple[Job, int]:
+        captured = capture(lambda: [call() for _ in range(count)][-1], p.x.device)
+        return Job(lambda _: captured.replay()), count
+
+    return {
+        "choosing from logits and sorting": graph(route, ROUTING_CALLS),
+        "sorting given ids": graph(lambda: ops.sort_routes(p.ids, p.scores, c.num_experts), ROUTING_CALLS),
+        "choosing, sorting and the experts": graph(lambda: ops.experts(p.x, route(), weights), 1),
+    }
+
+
+def routing(recorder: Recorder, ops: TritonExpertOps) -> None:
+    weights = make_weights(PRESETS[QWEN])
+    for num_tokens in ROUTING_SIZES:
+        p = Problem(PRESETS[QWEN], num_tokens, "uniform", weights)
+        with torch.no_grad():
+            made = attempt(functools.partial(routing_jobs, p, ops))
+            at = f"{QWEN} T={num_tokens}"
+            if made.reason is not None:
+                recorder.note(Finding(f"{at}: routing", None, "us", reason=made.reason))
+                continue
+            jobs: dict[str, tuple[Job, int]] = made.value
+            samples, failures = time_interleaved(
+                {name: job for name, (job, _) in jobs.items()}, recorder.timer, dict.fromkeys(jobs, 60)
+            )
+        for name, reason in failures.items():
+            recorder.note(Finding(f"{at}: {name}", None, "us", reason=reason))
+        median_us = {name: percentile(times, 0.5) / jobs[name][1] * 1e3 for name, times in samples.items()}
+        for name, value in median_us.items():
+            how = f"bf16, median of graphs of {jobs[name][1]} calls, cold L2"
+            recorder.note(Finding(f"{at}: {name}", value, "us", samples=len(samples[name]), how=how))
+        if len(median_us) == len(jobs):
+            alone, _, whole = median_us.values()
+            verdict = None if num_tokens < 4096 else "met" if alone / whole <= ROUTING_GOAL else "missed"
+            how = "choosing and sorting over the whole"
+            recorder.note(Finding(f"{at}: share of routing", alone / whole, "ratio", verdict=verdict, how=how))
 
 
 def main() -> int:

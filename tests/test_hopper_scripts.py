@@ -66,7 +66,7 @@ def install(monkeypatch, name, **attributes):
 
 
 def test_arguments_and_a_machine_without_a_gpu_end_in_one_line(scripts, tmp_path, monkeypatch, capsys):
-    assert scripts.run.TABLES == ("training", "decode", "skew", "fp8", "budget", "precision")
+    assert scripts.run.TABLES == ("training", "decode", "skew", "fp8", "budget", "precision", "routing")
     assert all(callable(getattr(scripts.run, name)) for name in scripts.run.TABLES)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for arguments, said in (([], "needs an NVIDIA GPU"), (["--table", "encode"], "invalid choice: 'encode'")):
@@ -281,3 +281,23 @@ def test_precision_says_how_many_repeats_differ(scripts, recorder, monkeypatch):
     assert "T=8 forward+backward" in both.name
     assert [(one.value, one.verdict) for one in wrong] == [(None, None)] * 2
     assert all("wrong output" in one.reason for one in wrong)
+
+
+def test_routing_is_timed_beside_the_whole_and_only_if_it_sorts_right(scripts, recorder, monkeypatch):
+    monkeypatch.setattr(scripts.run, "ROUTING_SIZES", (3, 4096))
+    scripts.run.routing(recorder, TritonExpertOps("cpu"))
+    found = {one.name.removeprefix(f"{scripts.run.QWEN} "): one for one in select(read_rows(recorder.path), Finding)}
+    assert len(found) == 8
+    for tokens in (3, 4096):
+        route, ids, whole, share = (found[name] for name in found if name.startswith(f"T={tokens}:"))
+        assert (route.unit, ids.unit, whole.unit, share.unit) == ("us", "us", "us", "ratio")
+        assert route.samples == 60
+        assert share.value == pytest.approx(route.value / whole.value)
+        goal = {3: None, 4096: "met" if share.value <= 0.05 else "missed"}
+        assert share.verdict == goal[tokens]
+    monkeypatch.setattr(scripts.run, "sort_routes_reference", lambda ids, experts, capacity: [torch.zeros(1)] * 4)
+    scripts.run.routing(recorder, TritonExpertOps("cpu"))
+    wrong = select(read_rows(recorder.path), Finding)[8:]
+    assert [(one.value, one.reason) for one in wrong] == [
+        (None, "RuntimeError: the routes are not sorted as by the reference")
+    ] * 2
