@@ -11,7 +11,7 @@ import torch
 
 from moe_gpu.gpu_slice_manager import AdvancedGPUSliceManager
 from moe_gpu.reference import ExpertWeights, Routing
-from moe_gpu.slices.plan import ExpertAllocation, GPUSlice, SliceError
+from moe_gpu.slices.plan import ExpertAllocation, SliceError
 from moe_gpu.slices.policies import SliceAllocationPolicy
 from moe_gpu.triton_kernels.ops import TritonExpertOps
 
@@ -99,8 +99,12 @@ class ExpertSlices:
         """The routed experts' weighted output, (T, O), as `ops.experts`; inference only."""
         tenants, others = self._runs()
         y_RO: torch.Tensor | None = None
+        decoding = False
         if x_TH.device.type == "cuda":  # before streams part: all of them write into it
-            y_RO = x_TH.new_empty(routing.row_route_R.shape[0], weights.down_EOI.shape[1])
+            decoding = _may_decode(routing)
+            num_rows, width = routing.row_route_R.shape[0], weights.down_EOI.shape[1]
+            # Kernels for decoding leave rows in float32.
+            y_RO = x_TH.new_empty(num_rows, width, dtype=torch.float32 if decoding else x_TH.dtype)
 
         def compute(runs: list[Run], with_ops: TritonExpertOps) -> None:
             nonlocal y_RO
@@ -114,8 +118,9 @@ class ExpertSlices:
             for allocation, runs in zip(self.manager.allocations, tenants, strict=True):
                 with self.manager.enter(allocation.expert_id) as entered:
                     start = None if timing is None else _now()
-                    budget = _budget(slices[allocation.expert_id], entered.sm_budget, routing)
-                    compute(runs, ops.with_budget(budget))
+                    # Kernels for decoding take no budget; in a partition the hardware keeps them to it.
+                    unlimited = decoding and slices[allocation.expert_id].enforced
+                    compute(runs, ops.with_budget(None if unlimited else entered.sm_budget))
                     if timing is not None and start is not None:
                         timing.spans[allocation.expert_id] = start, _now()
             compute(others, ops)
@@ -160,14 +165,11 @@ def _now() -> torch.cuda.Event:
     return event
 
 
-def _budget(item: GPUSlice, sms: int | None, routing: Routing) -> int | None:
-    """SMs that a tenant's launches keep to; None where the hardware keeps kernels without a budget to them."""
-    if item.enforced:
-        from moe_gpu.triton_kernels.decode import DECODE_MAX_ROWS_PER_EXPERT
+def _may_decode(routing: Routing) -> bool:
+    """Whether there are so few rows that kernels for decoding serve, where they are asked without a budget."""
+    from moe_gpu.triton_kernels.decode import DECODE_MAX_ROWS_PER_EXPERT
 
-        if routing.row_route_R.shape[0] <= DECODE_MAX_ROWS_PER_EXPERT * routing.num_experts:
-            return None  # the kernels for decoding take no budget
-    return sms
+    return routing.row_route_R.shape[0] <= DECODE_MAX_ROWS_PER_EXPERT * routing.num_experts
 
 
 def runs_of(experts: Iterable[int]) -> list[Run]:
