@@ -20,7 +20,7 @@ from torch import nn
 from moe_gpu.cuda_graph_manager import CaptureError, CUDAGraphManager
 from moe_gpu.cuda_graph_manager.capture import Captured, first_rows, making_a_graph, map_tensors
 from moe_gpu.cuda_graph_manager.manager import FAILED, TOO_FEW
-from moe_gpu.cuda_graph_manager.packing import LARGEST_BYTES
+from moe_gpu.cuda_graph_manager.packing import LARGEST_BYTES, pack
 from moe_gpu.model import AdvancedMoELayer
 from moe_gpu.profiler import ExpertProfiler
 from tests.graph_cases import Doubling, StandIn, facts, rows
@@ -130,6 +130,20 @@ def test_results_of_any_kind_are_kept_and_aligned(stand_in):
             assert torch.equal(found, want)
             assert found.data_ptr() % 16 == 0
         assert results["count"] == 3
+
+
+def test_one_tensor_is_not_packed_and_several_small_ones_are():
+    x = rows(4)
+    alone, several = pack(x), pack((x, [x.half(), x.new_zeros(LARGEST_BYTES)], "a word"))
+    assert alone.flat is None
+    assert torch.equal(alone.copies(), x)
+    assert several.flat.nbytes == 48 + 32
+    assert len(several.others) == 1
+    first, (second, third), word = several.copies()
+    assert torch.equal(first, x)
+    assert torch.equal(second, x.half())
+    assert not third.any()
+    assert word == "a word"
 
 
 def test_every_kind_of_input_has_a_graph_of_its_own(module, manager, stand_in):

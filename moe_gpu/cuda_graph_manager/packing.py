@@ -45,14 +45,20 @@ class Packed:
 
 
 def pack(output: Any) -> Packed:
-    """Copy the small contiguous tensors of results into one new buffer; everything else stays as it is."""
+    """Copy the small contiguous tensors of results, if there are several, into one new buffer; others stay as they are.
+
+    One is left as it is too: packing it would only be a kernel more.
+    """
+    found: list[torch.Tensor] = []
+    map_tensors(output, found.append)
+    several = sum(map(_packable, found)) > 1
     parts: list[torch.Tensor] = []
     others: list[torch.Tensor] = []
     size = 0
 
     def place(tensor: torch.Tensor) -> _Piece:
         nonlocal size
-        if not _packable(tensor):
+        if not several or not _packable(tensor):
             others.append(tensor)
             return _Piece(len(others) - 1)
         piece = _Piece(size, tuple(tensor.shape), tensor.dtype)
