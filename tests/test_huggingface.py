@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from moe_gpu import ExpertProfiler, disable, enable
-from moe_gpu.huggingface.layout import known_fp8_gate
+from moe_gpu.huggingface.layout import fp8_gate_of
 from tests.test_imports import BLOCK
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -472,14 +472,30 @@ def test_the_gate_of_fp8_experts_is_fused_where_it_is_the_default_one(switches):
     assert not same
 
 
-def test_a_gate_of_fp8_experts_that_is_not_known_is_not_taken_for_the_default_one():
-    class Experts:
+def test_a_gate_of_fp8_experts_is_the_default_one_only_if_it_does_the_same():
+    class Needs:
         def _apply_gate(self, gate_up):
             gate, up = gate_up.chunk(2, dim=-1)
             return self.act_fn(gate + self.offset) * up
 
-    assert known_fp8_gate(Experts) is None
-    assert known_fp8_gate(object) is None
+    class Other:
+        def _apply_gate(self, gate_up):
+            up, gate = gate_up.chunk(2, dim=-1)
+            return self.act_fn(gate) * up
+
+    class Switched:  # by what no version has yet
+        def _apply_gate(self, gate_up):
+            gate, up = gate_up.chunk(2, dim=-1)
+            if self.new_softcap is not None:
+                gate = (gate.float() / self.new_softcap).tanh().to(gate.dtype)
+            return self.act_fn(gate) * up
+
+    for experts in (Needs, Other, object):
+        assert fp8_gate_of(experts) == (None, ())
+    gate, switches = fp8_gate_of(Switched)
+    assert gate is Switched._apply_gate
+    assert "new_softcap" in switches
+    assert not {"act_fn", "float", "to"} & set(switches), "what every module has, or may have, switches nothing"
 
 
 def test_fp8_experts_in_bfloat16_are_no_worse_than_twice_eager():

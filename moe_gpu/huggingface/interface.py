@@ -8,7 +8,7 @@ import importlib
 from torch import nn
 
 from moe_gpu.huggingface.forward import experts_forward
-from moe_gpu.huggingface.layout import Conventions, known_fp8_gate
+from moe_gpu.huggingface.layout import Conventions, fp8_gate_of
 
 NAME = "moe_gpu"
 """The value of `experts_implementation` that chooses this library."""
@@ -33,8 +33,8 @@ def register() -> Conventions:
         if hasattr(activations, name):
             functions[getattr(activations, name)] = function
     # Without a default gate to compare with, every module's own gate is called.
-    gates = getattr(moe, "_default_apply_gate", None), known_fp8_gate(getattr(fp8, "FP8Experts", object))
-    conventions = Conventions(gates[0], functions, gates[1])
+    default_gate = getattr(moe, "_default_apply_gate", None)
+    conventions = Conventions(default_gate, functions, *fp8_gate_of(getattr(fp8, "FP8Experts", object)))
     forward = functools.partial(experts_forward, conventions)
     for interface in interfaces:
         interface.register(NAME, forward)

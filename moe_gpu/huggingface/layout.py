@@ -28,8 +28,6 @@ _FLAGS = ("config", "has_gate", "has_bias", "is_transposed")
 # What experts may have beyond their weights; a later transformers may know more.
 _KNOWN = ("has_gate", "has_bias", "has_post_expert_norm")
 # What switches the gate of FP8Experts from the default one to others, and what else its code names.
-_FP8_SWITCHES = ("swiglu_alpha", "swiglu_limit", "limit")
-_FP8_GATE_NAMES = {*_FP8_SWITCHES, "chunk", "clamp", "torch", "sigmoid", "act_fn"}
 _GATED = {activation.function: activation.name for activation in ACTIVATIONS.values() if activation.gated}
 
 
@@ -37,12 +35,14 @@ _GATED = {activation.function: activation.name for activation in ACTIVATIONS.val
 class Conventions:
     """What transformers itself defines: its default gate, and the function that each of its activation classes is.
 
-    fp8_gate: that of FP8Experts, which is the default one unless a switch is set; None where its code is not known.
+    fp8_gate: that of FP8Experts, which is the default one while none of `fp8_switches` is set, attributes that its code
+    reads; None where it is another one even then.
     """
 
     default_gate: Any
     functions: Mapping[type, str]
     fp8_gate: Any = None
+    fp8_switches: tuple[str, ...] = ()
 
     def activation_of(self, experts: Any) -> str | None:
         """The activation of `config.ACTIVATIONS` that kernels may apply in the module's place; None: call its own."""
@@ -55,7 +55,7 @@ class Conventions:
         own_gate = None if "_apply_gate" in experts.__dict__ else type(experts)._apply_gate
         plain = own_gate is self.default_gate
         if own_gate is not None and own_gate is self.fp8_gate:
-            plain = all(getattr(experts, switch, None) is None for switch in _FP8_SWITCHES)
+            plain = all(getattr(experts, switch, None) is None for switch in self.fp8_switches)
         return _GATED[function] if plain else None
 
     def _function_of(self, act_fn: Any) -> str | None:
@@ -66,11 +66,32 @@ class Conventions:
         return self.functions.get(type(act_fn))
 
 
-def known_fp8_gate(experts_class: type) -> Any:
-    """The gate of transformers' FP8Experts, or None where its code asks for what is not known here."""
-    gate = vars(experts_class).get("_apply_gate")
+def fp8_gate_of(experts_class: type) -> tuple[Any, tuple[str, ...]]:
+    """The gate of transformers' FP8Experts and the names that its code reads, if it is the default one without them.
+
+    That is tried out: a later transformers may add switches, or change what happens without any.
+    """
+    gate: Any = vars(experts_class).get("_apply_gate")
     code = getattr(gate, "__code__", None)
-    return gate if code is not None and set(code.co_names) <= _FP8_GATE_NAMES else None
+    if code is None:
+        return None, ()
+    h_RG = torch.linspace(-3, 3, 24).view(3, 8)
+    gate_RI, up_RI = h_RG.chunk(2, dim=-1)
+    try:
+        same = torch.equal(gate(_WithoutSwitches(), h_RG), nn.functional.silu(gate_RI) * up_RI)
+    except (TypeError, AttributeError, RuntimeError):
+        return None, ()
+    names = tuple(name for name in code.co_names if name != "act_fn" and not hasattr(nn.Module, name))
+    return (gate, names) if same else (None, ())
+
+
+class _WithoutSwitches:
+    """Experts with an activation, and None for whatever else a gate asks them for."""
+
+    act_fn = staticmethod(nn.functional.silu)
+
+    def __getattr__(self, name: str) -> None:
+        return None
 
 
 def in_interface(module: Any) -> bool:
