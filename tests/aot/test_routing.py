@@ -1,4 +1,4 @@
-"""Routing and combine compile for sm_80, sm_89 and sm_90: no spills, a token within a warp, 16-byte loads."""
+"""Routing and combine compile for sm_80 and sm_90: no spills, a token within a warp, 16-byte loads."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def build(kernel, arch: int, constants: dict, types: dict, num_warps: int) -> Co
 @pytest.mark.parametrize(("dtype", "biased"), [("bf16", False), ("fp32", True)])
 @pytest.mark.parametrize(("num_experts", "top_k"), ROUTERS)
 @pytest.mark.parametrize("num_tokens", [1, 64, 16384])
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", [80, 90])
 def test_routing(arch, num_tokens, num_experts, top_k, dtype, biased):
     router = ROUTERS[num_experts, top_k]
     blocks = routing._Blocks.choose(num_tokens, num_experts, top_k, router.n_group)
@@ -81,7 +81,7 @@ def test_routing(arch, num_tokens, num_experts, top_k, dtype, biased):
 
 @pytest.mark.parametrize("capacity", [None, 3])
 @pytest.mark.parametrize(("num_experts", "top_k"), [(8, 2), (128, 8), (257, 8)])
-@pytest.mark.parametrize("num_tokens", [1, 64, 1024, 16384])
+@pytest.mark.parametrize("num_tokens", [1, 64, 16384])
 @pytest.mark.parametrize("arch", [80, 90])
 def test_given_choices(arch, num_tokens, num_experts, top_k, capacity):
     with compiling_launches(arch) as launches:
