@@ -53,7 +53,8 @@ def hopper_unavailable(device: torch.device) -> str | None:
     if (major, minor) != (9, 0):
         return f"they are for compute capability 9.0, this GPU has {major}.{minor}"
     try:
-        import moe_gpu.triton_kernels.hopper_grad  # noqa: F401
+        import moe_gpu.triton_kernels.hopper_grad
+        import moe_gpu.triton_kernels.hopper_grad_w  # noqa: F401
     except (ImportError, AttributeError) as error:  # Gluon moves and renames things between releases
         return f"this Triton's Gluon does not fit: {error}"
     return None
@@ -204,7 +205,7 @@ class Products:
         """D^T A per expert, laid out as `like_ENK`; with `route_R`, d (if `gather_d`) or a has a row per token."""
         tile = self.tile("grad_w" if route_R is None else "grad_w_gather", like_ENK)
         if isinstance(tile, HopperConfig):
-            from moe_gpu.triton_kernels.hopper_grad import grouped_gemm_grad_w_hopper
+            from moe_gpu.triton_kernels.hopper_grad_w import grouped_gemm_grad_w_hopper
 
             grad_w = torch.empty_like(like_ENK)
             swap = route_R is not None and not gather_d  # the kernel gathers its first operand

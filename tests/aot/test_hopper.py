@@ -15,7 +15,8 @@ from moe_gpu.config import ACTIVATIONS
 from moe_gpu.triton_kernels import tile_table, tuning
 from moe_gpu.triton_kernels.hopper import grouped_gemm_hopper
 from moe_gpu.triton_kernels.hopper_common import RowTiles, list_row_tiles
-from moe_gpu.triton_kernels.hopper_grad import grouped_gemm_grad_act_hopper, grouped_gemm_grad_w_hopper
+from moe_gpu.triton_kernels.hopper_grad import grouped_gemm_grad_act_hopper
+from moe_gpu.triton_kernels.hopper_grad_w import grouped_gemm_grad_w_hopper
 from moe_gpu.triton_kernels.tuning import HopperConfig
 from moe_gpu.tune import candidates
 from tests.aot.compiling import compiling_launches

@@ -12,7 +12,8 @@ from moe_gpu.config import ACTIVATIONS
 from moe_gpu.reference import activate_reference
 from moe_gpu.triton_kernels.hopper import grouped_gemm_hopper
 from moe_gpu.triton_kernels.hopper_common import list_row_tiles
-from moe_gpu.triton_kernels.hopper_grad import grouped_gemm_grad_act_hopper, grouped_gemm_grad_w_hopper
+from moe_gpu.triton_kernels.hopper_grad import grouped_gemm_grad_act_hopper
+from moe_gpu.triton_kernels.hopper_grad_w import grouped_gemm_grad_w_hopper
 from moe_gpu.triton_kernels.tuning import HopperConfig
 from tests.kernel_cases import check_close
 

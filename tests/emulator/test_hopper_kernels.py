@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 
-from moe_gpu.triton_kernels import hopper, hopper_common, hopper_grad, tuning
+from moe_gpu.triton_kernels import hopper, hopper_common, hopper_grad, hopper_grad_w, tuning
 from moe_gpu.triton_kernels.hopper_common import list_row_tiles
 from moe_gpu.triton_kernels.tuning import HopperConfig
 from tests.emulator.emulator import emulated, key_of
@@ -183,7 +183,7 @@ WITNESSES: dict[object, list[Witness]] = {
         ("grad_act", "swiglu", *SMALL),
         ("grad_act", "not gated", *SMALL),
     ],
-    hopper_grad._grouped_gemm_grad_w_hopper_kernel: [
+    hopper_grad_w._grouped_gemm_grad_w_hopper_kernel: [
         ("grad_w_gather", "transposed", *SMALL),
         ("grad_w", "plain", *SMALL),
     ],
