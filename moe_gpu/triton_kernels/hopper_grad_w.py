@@ -241,13 +241,15 @@ def grouped_gemm_grad_w_hopper(
     """
     num_experts, columns, depth = grad_w_ENK.shape
     gather = route_R is not None
+    # A transposed piece is a tile of 64 x 64, whatever the tile of the table: it was tuned on gradients laid out as they come.
+    width, slots = (64, min(2, config.width // 64 * config.slots)) if transposed else (config.width, config.slots)
     launch(
         _grouped_gemm_grad_w_hopper_kernel,
         (programs,),
         d if gather else ragged(d, 64, TILE_K),
         ragged(a, TILE_N, TILE_K),
         route_R,
-        ragged(grad_w_ENK.view(num_experts * columns, depth), config.width),
+        ragged(grad_w_ENK.view(num_experts * columns, depth), width),
         offsets_P,
         num_experts,
         d.shape[1],
@@ -259,7 +261,7 @@ def grouped_gemm_grad_w_hopper(
         BLOCK_A=TILE_N,
         BLOCK_R=TILE_K,
         STAGES=config.stages,
-        SLOTS=config.slots,
+        SLOTS=slots,
         GROUP_D=config.group_m,
         num_warps=4,
         **group_options(gather),
