@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from text_trace import record_text_trace
 from torch import nn
 
 from moe_gpu.benchmark.timing import attempt, describe_samples
@@ -71,27 +71,6 @@ class Stack(nn.Module):
         for layer, logits_TE in zip(self.layers, logits_LTE, strict=True):
             x_TH = x_TH + layer(x_TH, router_logits_TE=logits_TE)[0]
         return x_TH
-
-
-def record(settings: Settings) -> RoutingTrace:
-    """The routing of held-out text by a small language model with as many experts, trained for this."""
-    from moe_gpu.training.config import TrainConfig
-    from moe_gpu.training.language_model import record_trace
-    from moe_gpu.training.loop import train
-
-    c = settings.config
-    config = replace(
-        TrainConfig.for_device(settings.device),
-        num_layers=settings.layers,
-        num_experts=c.num_experts,
-        top_k=c.top_k,
-        steps=settings.training_steps,
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        result = train(config, Path(folder))
-    tokens = 64 * settings.steps
-    source = f"held-out text, byte model of {c.num_experts} experts after {config.steps} steps"
-    return record_trace(result.model, result.text.held_out, tokens, source)
 
 
 def steps_of(trace: RoutingTrace, settings: Settings, tokens: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -241,7 +220,7 @@ def main(arguments: list[str] | None = None) -> int:
         tiny = config.with_(input_dim=16, expert_dim=16, hidden_dim=8, num_experts=8, top_k=2, bias=False)
         settings = Settings(tiny, torch.device("cpu"), torch.float32, min(layers, 2), 12, 3, 1.0)
     c = settings.config
-    trace = trace or record(settings)
+    trace = trace or record_text_trace(c, layers, settings.training_steps, 64 * settings.steps, settings.device)
     if (trace.num_experts, trace.top_k) != (c.num_experts, c.top_k):
         parser.exit(
             2,

@@ -4,7 +4,7 @@ Qwen3-30B-A3B's two forward products in bf16, `up` (gather and SwiGLU included) 
 and from a cold L2, all arms of a cell interleaved. Arms: every single tile of the rules, the load-aware tiles (several
 classes of row tiles in one launch) and their shapes with one class, the Gluon kernels where they can serve, and
 `torch._grouped_mm` with PyTorch's gather and SwiGLU. The table at the end adds the best `up` and `down` of each
-sort. No text's routing of 128 experts is recorded in this repository, so the loads are sampled: uniform and Zipf.
+sort. The loads: uniform, Zipf, and how a small model of as many experts, trained first, routes held-out text.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from text_trace import record_text_trace
 
 from moe_gpu.benchmark.measure import Case as RowCase
 from moe_gpu.benchmark.timing import (
@@ -50,7 +51,8 @@ from moe_gpu.tune_problem import DTYPE, Case, Operands, compare
 
 PRESET = "qwen3-30b-a3b"
 TOKENS = (256, 512, 1024, 2048, 4096, 8192)
-ROUTINGS = ("uniform", "zipf-0.6", "zipf-1.2")
+TEXT = "text"
+ROUTINGS = ("uniform", "zipf-0.6", "zipf-1.2", TEXT)
 SINGLE, AWARE, HOPPER, TORCH = "single tile", "load-aware", "hopper", "torch_grouped_mm"
 SAMPLES, BUDGET_S, COMPILE_S = 25, 0.05, 240.0
 Times = dict[tuple[int, str, str, str], float]  # tokens, routing, product, sort of arm -> the best median
@@ -186,10 +188,12 @@ def main() -> int:
     cases = [(Case(PRESET, product, 1, gpu.num_sms), tiles) for product, tiles in work.items()]
     left = compile_all(cases, gpu.device, COMPILE_S, lambda done, total, _: None)
     print(f"compiled in {time.monotonic() - begin:.0f} s" + (f", {len(left)} not in time" if left else ""), flush=True)
+    trace = record_text_trace(config, 2, 400, max(arguments.tokens), gpu.device)
     recorder = Recorder(arguments.output, gpu)
     for tokens in arguments.tokens:
         for routing in ROUTINGS:
-            operands = Operands(config, tokens, gpu.device, routing)
+            load = trace.replay(tokens, layer=1) if routing == TEXT else routing
+            operands = Operands(config, tokens, gpu.device, load)
             for product, tiles in work.items():
                 recorder.record(operands, product, tokens, routing, tiles)
             del operands

@@ -55,9 +55,14 @@ class Case:
 
 
 class Operands:
-    """A layer's tensors at a number of tokens, and its products on them by a given tile."""
+    """A layer's tensors at a number of tokens, and its products on them by a given tile.
 
-    def __init__(self, config: MoEConfig, tokens: int, device: torch.device, routing: str = "uniform") -> None:
+    routing: as `sample_choices` takes it, or the chosen experts, (tokens, K).
+    """
+
+    def __init__(
+        self, config: MoEConfig, tokens: int, device: torch.device, routing: str | torch.Tensor = "uniform"
+    ) -> None:
         generator = torch.Generator(device).manual_seed(0)
 
         def normal(*shape: int, std: float = 1.0) -> torch.Tensor:
@@ -69,9 +74,10 @@ class Operands:
         self.down = normal(c.num_experts, c.expert_dim, c.hidden_dim, std=c.hidden_dim**-0.5)
         self.x, self.grad_out = normal(tokens, c.input_dim), normal(tokens, c.expert_dim)
         self.act, self.h, self.grad_h = normal(rows, c.hidden_dim), normal(rows, c.up_rows), normal(rows, c.up_rows)
-        ids = sample_choices(c, tokens, routing, torch.Generator().manual_seed(0)).to(device)
+        if isinstance(routing, str):
+            routing = sample_choices(c, tokens, routing, torch.Generator().manual_seed(0))
         weights = torch.rand(tokens, c.top_k, device=device, generator=generator) + 0.1
-        self.routing = TritonExpertOps(device).sort_routes(ids, weights, c.num_experts)
+        self.routing = TritonExpertOps(device).sort_routes(routing.to(device), weights, c.num_experts)
         self.x_rows = self.x.index_select(0, self.routing.row_token_R)
 
     def products(self, kind: str, tile: Tile, sms: int) -> Products:

@@ -241,7 +241,7 @@ def grouped_gemm_grad_w_hopper(
     """
     num_experts, columns, depth = grad_w_ENK.shape
     gather = route_R is not None
-    # A transposed piece is a tile of 64 x 64, whatever the tile of the table: it was tuned on gradients laid out as they come.
+    # Transposed pieces are tiles of 64 x 64, whatever the table says: its tiles were tuned on gradients as they lie.
     width, slots = (64, min(2, config.width // 64 * config.slots)) if transposed else (config.width, config.slots)
     launch(
         _grouped_gemm_grad_w_hopper_kernel,
