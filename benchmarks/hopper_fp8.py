@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from hopper_problem import Problem, run_ours
 
 from moe_gpu.reference import ExpertWeights, QuantisedExperts, QuantisedStack, dequantise_reference
 from moe_gpu.triton_kernels.ops import TritonExpertOps
-from moe_gpu.triton_kernels.tuning import next_power_of_2
 
 BLOCK = 128
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
@@ -72,20 +70,14 @@ def by_products(p: Problem, ops: TritonExpertOps, weights: QuantisedExperts, rea
 
 
 def by_decode(p: Problem, ops: TritonExpertOps, weights: QuantisedExperts) -> torch.Tensor:
-    """The decode kernels whatever the rows, in row tiles that hold an expert's share of an even routing."""
-    from moe_gpu.triton_kernels.decode import DecodeTile, decode_forward, fp8_decode_config
+    """The decode kernels whatever the rows."""
+    from moe_gpu.triton_kernels.decode import decode_forward, fp8_decode_config
     from moe_gpu.triton_kernels.fp8 import step_depth
     from moe_gpu.triton_kernels.gather_scatter import combine_forward
 
     up, down = weights.up_EGH, weights.down_EOI
     routing = ops.sort_routes(p.ids, p.scores, p.config.num_experts)
-    num_rows = p.ids.numel()
-    steps = step_depth(up.values_ENK, up.scales_EBC), step_depth(down.values_ENK, down.scales_EBC)
-    config = fp8_decode_config(num_rows, *steps)
-    rows = next_power_of_2(num_rows // p.config.num_experts)
-    if rows >= 16:  # taller tiles spill with four warps
-        tiles = DecodeTile(64, steps[0], 8, 5), DecodeTile(128, steps[1], 8, 5)
-        config = replace(config, up=tiles[0], down=tiles[1], block_m=min(64, 2 * rows))
+    config = fp8_decode_config(*(step_depth(one.values_ENK, one.scales_EBC) for one in (up, down)))
     y = decode_forward(
         p.x.detach(),
         routing.row_route_R,

@@ -29,7 +29,7 @@ from moe_gpu.triton_kernels.load_counts import count_load
 from moe_gpu.triton_kernels.placing import sort_routes
 from moe_gpu.triton_kernels.products import Products
 from moe_gpu.triton_kernels.routing_grad import route_backward
-from moe_gpu.triton_kernels.tuning import mlp_config
+from moe_gpu.triton_kernels.tuning import FP8_GROUPED_ROWS_PER_EXPERT, FP8_MAX_ROWS_PER_EXPERT, mlp_config
 
 NAMESPACE = "moe_gpu"
 _ROUTER = (
@@ -199,9 +199,10 @@ def _experts_quantised(x, weights, ids, row_route, row_of_route, offsets, up, do
     top_k, num_rows, num_experts = ids.shape[1], row_route.shape[0], up.shape[0]
     x = row_contiguous(x)
     products = Products.of((x,), (up, down), offsets, num_rows, sm_budget)
-    by_decode = decode_unsupported(x, num_rows, num_experts, 1, False, sm_budget) is None
+    sizes = num_rows, num_experts, 1, False, sm_budget, FP8_MAX_ROWS_PER_EXPERT
+    by_decode = num_rows > FP8_GROUPED_ROWS_PER_EXPERT * num_experts and decode_unsupported(x, *sizes) is None
     if by_decode and products.reads_fp8(up, up_scales) and products.reads_fp8(down, down_scales):
-        config = fp8_decode_config(num_rows, step_depth(up, up_scales), step_depth(down, down_scales))
+        config = fp8_decode_config(step_depth(up, up_scales), step_depth(down, down_scales))
         y = decode_forward(
             x, row_route, offsets, top_k, up, down, activation, config, up_bias, down_bias, None, up_scales, down_scales
         )

@@ -139,8 +139,8 @@ _SMALL = {
     "grad_w": {_ANY: GemmConfig(32, 128, 128, 8, 3)},
     "grad_w_gather": {_ANY: GemmConfig(32, 128, 128, 8, 3)},
 }
-# For weights read as FP8: by what compiles without spills, not timed yet. 64 rows at most: beside the sums of a step
-# that are still to be scaled, those of taller tiles would spill.
+# For weights read as FP8: by what compiles without spills; no others were timed. 64 rows at most: beside the sums of a
+# step that are still to be scaled, those of taller tiles would spill.
 _FP8 = {
     "up": {
         16: GemmConfig(16, 64, 128, 4, 4, programs_per_sm=2),
@@ -157,10 +157,11 @@ _FP8_SMALL = {
     "up": {_ANY: GemmConfig(32, 64, 64, 4, 3)},
     "down": {40: GemmConfig(32, 128, 64, 4, 3), _ANY: GemmConfig(64, 128, 64, 4, 3)},
 }
-# From how many rows an expert on FP8 weights are dequantised first, where the kernels for Hopper then serve. A
-# prediction: that costs 3 bytes a weight at 4.3 TB/s, 0.7 ps, and each row gains 2 FLOP a weight at 550 instead of an
-# assumed 300 TFLOP/s, 3 fs; so 230 rows.
-FP8_MAX_ROWS_PER_EXPERT = 256
+# FP8 weights, rows an expert (h200_fp8_4810e96.jsonl, Qwen3): to 40, one row tile, the grouped products serve (16 rows:
+# 0.249 ms); then the decode kernels, whose left operand is the weight (64 rows: 0.546 ms, grouped 0.797, dequantised
+# first 0.808); from where their lines cross (256 rows: 1.580 and 1.052) weights are dequantised for the Hopper kernels.
+FP8_GROUPED_ROWS_PER_EXPERT = 40
+FP8_MAX_ROWS_PER_EXPERT = 128
 # What compute capability 9.0 runs from HOPPER_MIN_ROWS_PER_EXPERT rows per expert on. On the device they win from 16
 # rows on, by 3 % forward; launched eagerly their descriptors cost the host 0.2 ms a layer (Qwen3, T = 256, H200).
 _HOPPER = {

@@ -19,11 +19,12 @@ TYPES |= dict.fromkeys(("route_ptr", "offsets_ptr"), "*i32")
 TYPES |= {"y_ptr": "*fp32"} | dict.fromkeys((*ALIGNED, "E"), "i32")
 
 
-@pytest.mark.parametrize("weights", ["bf16", "fp8", "fp8, UE8M0"])
-@pytest.mark.parametrize("num_rows", [16, 32, 64, 128])
+@pytest.mark.parametrize(
+    ("num_rows", "weights"), [*((rows, "bf16") for rows in (16, 32, 64, 128)), (8192, "fp8"), (8192, "fp8, UE8M0")]
+)
 def test_decode_tile(num_rows, weights):
     fp8 = weights != "bf16"
-    config = decode.fp8_decode_config(num_rows, 128, 128) if fp8 else decode.decode_config(num_rows)
+    config = decode.fp8_decode_config(128, 128) if fp8 else decode.decode_config(num_rows)
     types = TYPES
     if fp8:
         types = TYPES | {"w_ptr": "*fp8e4nv", "scale_ptr": "*fp32" if weights == "fp8" else "*u8"}
