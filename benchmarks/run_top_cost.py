@@ -48,6 +48,7 @@ def measure(preset: str, layers: int, tokens: int, pairs: int, seconds: float, i
     model = torch.nn.ModuleList(
         AdvancedMoELayer.from_config(config, profiler=profiler, layer_index=index) for index in range(layers)
     ).to(device, dtype)
+    model.eval()  # as served: calls are replayed as graphs
     x = torch.randn(tokens, config.input_dim, device=device, dtype=dtype)
     steps_per_s(model, x, seconds)  # compile, tune and warm up
     slower, cores = [], []
