@@ -10,19 +10,25 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_gpu.expert_cache import book as book_module
+from moe_gpu.expert_cache import policies
 from moe_gpu.expert_cache.book import NONE, CacheBook
 from moe_gpu.expert_cache.budget import HbmBudgetError, parse_budget, split_budget
-from moe_gpu.expert_cache.policies import ADAPTIVE, EWMA_WEIGHT, PASS_THROUGH, Contest, History, settle
+from moe_gpu.expert_cache.policies import (
+    ADAPTIVE,
+    EWMA_WEIGHT,
+    PASS_THROUGH,
+    Contest,
+    Follower,
+    History,
+    PrefetchGate,
+    in_order,
+    settle,
+)
 from moe_gpu.expert_cache.simulate import SIMULATED, needed_by_step, next_use, run_simulation, simulate, slots_of
 from moe_gpu.profiler import RoutingTrace
 
 EXPERTS = 7
-
-
-def mask(ids, size=EXPERTS) -> np.ndarray:
-    needed_E = np.zeros(size, dtype=bool)
-    needed_E[list(ids)] = True
-    return needed_E
 
 
 def ids(mask_E) -> set[int]:
@@ -86,8 +92,8 @@ def test_a_policy_keeps_what_its_definition_keeps(policy, case):
     hits = 0
     for needed in steps:
         hits += model.step(needed)
-        book.plan(0, mask(needed))
-        assert ids(book.layers[0].resident_E) == set(model.held)
+        book.plan(0, sorted(needed))
+        assert book.layers[0].slot_of.keys() == set(model.held)
     assert book.counts.hits == hits
     assert book.counts.misses == book.counts.bytes_copied == sum(map(len, steps)) - hits
 
@@ -101,7 +107,7 @@ def test_waves_compute_every_needed_expert_once_from_the_slot_that_holds_it(step
         if policy == "on-demand":
             held[:] = NONE
         before = {int(expert) for expert in held if expert != NONE}
-        waves = book.plan(0, mask(needed))
+        waves = book.plan(0, sorted(needed))
         assert sorted(expert for wave in waves for expert in wave.experts) == sorted(needed)
         for wave in waves:
             for load in wave.loads:
@@ -112,11 +118,10 @@ def test_waves_compute_every_needed_expert_once_from_the_slot_that_holds_it(step
         missing = len(needed - before)
         assert len(waves) <= 1 + -(-missing // max(1, -(-slots // PASS_THROUGH)))
         assert len(waves) <= 2 or len(needed) > slots
-        assert held.tolist() == layer.expert_of_S.tolist()
-        for expert, slot in enumerate(layer.slot_of_E.tolist()):
-            assert slot == NONE or held[slot] == expert
-        book.learn(0, mask(needed))
-        for load in book.prefetch(0):
+        assert held.tolist() == layer.expert_of_S
+        assert layer.slot_of == {expert: slot for slot, expert in enumerate(layer.expert_of_S) if expert != NONE}
+        book.learn(0, sorted(needed))
+        for load in book.prefetch(0, sorted(needed)):
             held[load.slot] = load.expert
 
 
@@ -127,9 +132,14 @@ subset = st.sets(st.integers(0, EXPERTS - 1))
 @given(resident=subset, needed=subset, slots=st.integers(1, EXPERTS), order=st.permutations(range(EXPERTS)))
 def test_what_stays_was_there_or_is_needed_and_the_best_stay(resident, needed, slots, order):
     resident = set(sorted(resident)[:slots])
-    rank = np.asarray(order)
-    keep = ids(settle(mask(resident), mask(needed), rank, slots))
-    assert keep <= resident | needed
+    keys = [(rank, 0, expert) for expert, rank in enumerate(order)]
+    leaving, passing = settle(resident, sorted(needed), keys, slots)
+    assert set(leaving) <= resident
+    assert set(passing) <= needed - resident
+    keep = (resident | needed) - {*leaving, *passing}
+    for group in (passing, [e for e in leaving if e in needed], [e for e in leaving if e not in needed]):
+        assert group == sorted(group, key=lambda expert: order[expert])
+    assert not needed.intersection(leaving[: len(set(leaving) - needed)]), "needed ones leave last"
     assert len(keep) == min(slots, len(resident | needed)) or (len(needed) > slots and len(keep) == slots)
     if len(needed) <= slots:
         assert needed <= keep
@@ -138,7 +148,7 @@ def test_what_stays_was_there_or_is_needed_and_the_best_stay(resident, needed, s
         missing = needed - resident
         assert len(keep & missing) >= min(len(missing), -(-slots // PASS_THROUGH))
     if len(needed) <= slots and keep - needed and resident - keep:
-        assert min(rank[list(keep - needed)]) > max(rank[list(resident - keep)])
+        assert min(order[e] for e in keep - needed) > max(order[e] for e in resident - keep)
 
 
 # Which policy serves
@@ -147,9 +157,9 @@ def test_what_stays_was_there_or_is_needed_and_the_best_stay(resident, needed, s
 def play(steps, slots, policy="auto", experts=32, prefetch=False) -> CacheBook:
     book = CacheBook([(experts, slots, 1)], policy, prefetch)
     for needed in steps:
-        book.plan(0, mask(needed, experts))
-        book.learn(0, mask(needed, experts))
-        book.prefetch(0)
+        book.plan(0, sorted(needed))
+        book.learn(0, sorted(needed))
+        book.prefetch(0, sorted(needed))
     return book
 
 
@@ -204,11 +214,57 @@ def test_shadows_are_what_the_policies_alone_would_do():
     book = play(steps, 6)
     assert book.contest.serving == "lru"
     lone = {policy: play(steps, 6, policy).counts for policy in ADAPTIVE}
-    assert set(np.flatnonzero(book.layers[0].resident_E)) == set(
-        np.flatnonzero(play(steps, 6, "lru").layers[0].resident_E)
-    )
+    assert book.layers[0].slot_of == play(steps, 6, "lru").layers[0].slot_of
     order = sorted(ADAPTIVE, key=lambda policy: lone[policy].hits)
     assert sorted(ADAPTIVE, key=lambda policy: book.contest.scores()[policy]) == order
+
+
+# What deciding costs the host, in what it does rather than in time
+
+
+def replay_layers(monkeypatch, sizes, steps, policy="auto"):
+    """The layers of each shadow replay while every layer runs the steps, and how often somebody's leaving was asked."""
+    watched, settled = [], []
+    replay, leave = Contest._replay, policies.settle
+    monkeypatch.setattr(Contest, "_replay", staticmethod(lambda *given: watched.append(layer) or replay(*given)))
+    for module in (policies, book_module):
+        monkeypatch.setattr(module, "settle", lambda *given: settled.append(layer) or leave(*given))
+    book = CacheBook(sizes, policy, prefetch=False)
+    for needed in steps:
+        for layer in range(len(sizes)):
+            book.plan(layer, sorted(needed))
+            book.learn(layer, sorted(needed))
+    return watched, settled
+
+
+@pytest.mark.parametrize("layers", [1, 2, 4, 5, 16, 47])
+def test_no_more_than_a_few_layers_have_shadows_and_they_are_spread(layers, monkeypatch):
+    watched, _ = replay_layers(monkeypatch, [(16, 6, 1)] * layers, cyclic(3))
+    assert len(watched) == 3 * len(ADAPTIVE) * len(set(watched))
+    assert min(layers, 2) <= len(set(watched)) <= Contest.WATCHED
+    gaps = np.diff([-1, *sorted(set(watched)), layers])
+    assert gaps.max() <= 2 * -(-layers // Contest.WATCHED)
+
+
+def test_only_partly_resident_layers_are_watched_and_fixed_policies_watch_none(monkeypatch):
+    sizes = [(16, 16, 1), (16, 6, 1)] * 3
+    assert set(replay_layers(monkeypatch, sizes, cyclic(2))[0]) == {1, 3, 5}
+    assert replay_layers(monkeypatch, sizes, cyclic(2), "lfu")[0] == []
+
+
+def test_a_step_without_misses_ranks_nobody(monkeypatch):
+    _, settled = replay_layers(monkeypatch, [(16, 6, 1)], [{1, 2, 3}] * 50)
+    assert len(settled) == 1 + len(ADAPTIVE), "of the first step, the real one and the shadows"
+
+
+def test_an_average_that_is_scaled_back_orders_alike(monkeypatch):
+    steps, plain, scaled = list(drifting(400)), History(16), History(16)
+    monkeypatch.setattr(scaled, "TOP_GAIN", 10.0)
+    for needed in steps:
+        for history in (plain, scaled):
+            history.record(sorted(needed))
+        assert in_order(range(16), scaled.keys("ewma")) == in_order(range(16), plain.keys("ewma"))
+    assert max(score for score, _, _ in scaled.keys("ewma")) < 1e3 < max(score for score, _, _ in plain.keys("ewma"))
 
 
 # Prefetching
@@ -238,8 +294,6 @@ def erratic(steps):
 
 
 def test_prefetching_turns_itself_off_when_it_loses(monkeypatch):
-    from moe_gpu.expert_cache import policies
-
     monkeypatch.setattr(policies, "EWMA_WEIGHT", 0.9)  # sure after one step, so that it falls for it
     steps = list(erratic(4000))
     book = play(steps, 5, "lru", prefetch=True)
@@ -248,11 +302,55 @@ def test_prefetching_turns_itself_off_when_it_loses(monkeypatch):
     gained = counts.prefetch_hits - counts.prefetch_victims
     assert gained < counts.bytes_wasted, "the trace is a trap"
     assert gate._pause > gate.FIRST_PAUSE, "it was turned off and is tried more rarely"
-    monkeypatch.setattr(policies.PrefetchGate, "OUTCOMES", 1 << 40)
+    for limit in ("OUTCOMES", "TRIAL"):
+        monkeypatch.setattr(policies.PrefetchGate, limit, 1 << 40)
     unguarded = play(steps, 5, "lru", prefetch=True).counts
     assert counts.bytes_wasted < 0.2 * unguarded.bytes_wasted
     without = play(steps, 5, "lru").counts
     assert counts.bytes_copied < 1.03 * without.bytes_copied
+
+
+def test_looking_stops_where_nothing_is_ever_found(monkeypatch):
+    looks, notes = [], []
+    expect, record = Follower.expect, Follower.record
+    monkeypatch.setattr(Follower, "expect", lambda *given: looks.append(1) or expect(*given))
+    monkeypatch.setattr(Follower, "record", lambda *given: notes.append(1) or record(*given))
+    book = play(erratic(20_000), 12, "lru", prefetch=True)
+    assert book.counts.bytes_prefetched == 0
+    trials = 7  # pauses of 256 + 512 + ... fit that often
+    assert (trials - 1) * PrefetchGate.TRIAL < len(looks) <= trials * PrefetchGate.TRIAL
+    assert len(looks) < len(notes) <= trials * (PrefetchGate.TRIAL + PrefetchGate.WARM_UP)
+
+
+def gate_after(gained, wasted, host_s, copy_s) -> PrefetchGate:
+    gate = PrefetchGate(num_layers=2)
+    gate.gained, gate.wasted, gate.host_s, gate.copy_s = gained, wasted, host_s, copy_s
+    gate.tick()
+    return gate
+
+
+def test_host_time_counts_in_copies():
+    assert gate_after(30, 4, 0.0, 1e-3).on
+    assert gate_after(30, 4, 25e-3, 1e-3).on
+    assert not gate_after(30, 4, 27e-3, 1e-3).on, "27 copies' worth of host time for 26 copies"
+    assert gate_after(30, 4, 27e-3, None).on, "what a copy takes is not known"
+    assert not gate_after(16, 16, 0.0, None).on, "no gain"
+    assert gate_after(3, 1, 1.0, 1e-3).on, "too early to say"
+
+
+def test_a_gate_listens_again_before_its_pause_ends():
+    gate = gate_after(0, 32, 0.0, None)
+    heard = []
+    while not gate.on:
+        heard.append(gate.listening)
+        gate.host_s += 1.0
+        gate.tick()
+    assert gate.host_s == 0
+    assert heard == [False] * (2 * (256 - PrefetchGate.WARM_UP)) + [True] * (2 * PrefetchGate.WARM_UP)
+    for _ in range(2 * PrefetchGate.TRIAL):
+        gate.tick()
+    assert not gate.on
+    assert gate._left == 2 * 512, "the next pause is longer"
 
 
 def test_on_demand_never_prefetches_and_never_hits():
@@ -379,7 +477,7 @@ def test_a_file_is_simulated_into_a_table_and_rows(tmp_path, capsys):
 
 def test_histories_rank_ties_by_last_use_then_id():
     history = History(4, [1, 1, 1, 1])
-    history.record(mask({2}, 4))
-    history.record(mask({0, 1}, 4))
-    assert history.rank("static").tolist() == [2, 3, 1, 0]
-    assert history.rank("lru").tolist() == [2, 3, 1, 0]
+    history.record([2])
+    history.record([0, 1])
+    for policy in ("static", "lru"):
+        assert in_order(range(4), history.keys(policy)) == [3, 2, 0, 1]

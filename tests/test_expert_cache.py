@@ -6,18 +6,21 @@ import copy
 import gc
 import importlib.util
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from moe_gpu.expert_cache import ExpertCache, HbmBudgetError, HbmMemoryError
+from moe_gpu.expert_cache import ExpertCache, HbmBudgetError, HbmMemoryError, lane
 from moe_gpu.expert_cache import cache as cache_module
+from moe_gpu.expert_cache.policies import PrefetchGate
 from moe_gpu.expert_cache.simulate import simulate
 from moe_gpu.model import AdvancedMoELayer, set_hbm_budget
 from moe_gpu.profiler import RoutingTrace
-from tests.cache_cases import spy_on_reads, twins, use_late_lane
+from tests.cache_cases import LateLane, spy_on_reads, twins, use_late_lane
 from tests.test_model import VARIANTS
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -175,6 +178,85 @@ def test_a_layer_does_what_the_simulator_says(policy):
     assert row.copies * cached._hbm.expert_bytes == counts.bytes_copied
     assert row.hit_rate == stats.hit_rate
     assert row.serving == stats.policy
+
+
+def test_a_step_without_misses_uploads_nothing_and_starts_no_copy(monkeypatch):
+    cached, plain = twins(0.8)
+    late = use_late_lane(cached._hbm.cache)
+    x = torch.randn(1, 12)
+    same_bits(cached, plain, x)
+    same_bits(cached, plain, x)
+    held, copies = cached._hbm._table, late.late
+    assert held is not None
+    for _ in range(3):
+        same_bits(cached, plain, x)
+    assert cached._hbm._table is held
+    assert late.late == copies
+    same_bits(cached, plain, torch.randn(9, 12))
+    same_bits(cached, plain, x)
+    assert cached._hbm._table is not held, "slots have changed hands"
+
+
+def test_prefetching_that_costs_the_host_more_than_it_saves_is_turned_off(monkeypatch):
+    monkeypatch.setattr(PrefetchGate, "OUTCOMES", 4)
+    on = {}
+    for copy_s in (None, 1e6, 1e-12):
+        monkeypatch.setattr(LateLane, "seconds", lambda self, num_bytes, copy_s=copy_s: copy_s)
+        cached, plain, cache = stacks("50%", policy="lru")
+        use_late_lane(cache)
+        inputs = torch.randn(8, 1, 12, generator=torch.Generator().manual_seed(0))
+        on[copy_s] = []
+        for step in range(160):
+            assert torch.equal(cached(inputs[step % 8]), plain(inputs[step % 8]))
+            on[copy_s].append(cache.stats().prefetch)
+        assert cache.stats().counts.prefetch_hits > 0
+    assert on[None] == on[1e6], "a host that costs nothing beside a copy changes nothing"
+    assert sum(on[1e-12]) < 0.5 * sum(on[None])
+
+
+def test_a_point_that_was_reached_is_not_asked_again():
+    class Event:
+        done, asked = False, 0
+
+        def query(self) -> bool:
+            self.asked += 1
+            return self.done
+
+    event = Event()
+    tokens = [lane.Point(event)] * 5
+    assert lane._pending([*tokens, None]) == [event]
+    event.done = True
+    for _ in range(3):
+        assert lane._pending(tokens) == []
+    assert event.asked == 2
+
+
+def test_the_pace_of_copies_is_the_fastest_of_the_first(monkeypatch):
+    class Event:
+        """Reached at once; the n-th timed copy takes 10 - n ms."""
+
+        def __init__(self, enable_timing=False) -> None:
+            self.timed = enable_timing
+            made.append(self)
+
+        def query(self) -> bool:
+            return True
+
+        def elapsed_time(self, end) -> float:
+            return 10.0 - made.index(self) // 2
+
+    made: list[Event] = []
+    monkeypatch.setattr(lane.torch.cuda, "Event", Event)
+    monkeypatch.setattr(lane.torch.cuda, "Stream", lambda device: SimpleNamespace(record_event=lambda event: event))
+    monkeypatch.setattr(lane.torch.cuda, "stream", lambda stream: nullcontext())
+    copies = lane.CudaCopyLane(torch.device("cuda", 0))
+    pair = torch.zeros(250), torch.ones(250)
+    for number in range(12):
+        assert (copies.seconds(1000) is None) == (number < copies.TIMED)
+        copies.copy([pair], [])
+    assert copies.seconds(2000) == pytest.approx(2 * (10 - copies.TIMED + 1) * 1e-3)
+    assert sum(event.timed for event in made) == 2 * copies.TIMED, "later copies are not timed"
+    assert pair[0].all()
 
 
 def test_static_keeps_what_its_profile_ranks_highest():

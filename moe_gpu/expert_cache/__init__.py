@@ -21,8 +21,9 @@ expert, and no kernel lets one row see another.
 **What stays** is decided on the host between steps (`book.py`, `policies.py`). The budget is divided among the layers
 by the same share of each one's experts; a layer evicts its own experts only, since layers run one after another and a
 common order of eviction would push out just what the next layer is about to ask for. Each policy ranks by a history of
-requests that does not depend on what is resident, so shadows of the policies cost a mask each and the best one serves.
-A prefetch must expect to save more copies than it costs, and all of them together must have.
+requests that does not depend on what is resident, so shadows of the policies cost a set each and the best one serves; a
+few layers stand for all. A prefetch must expect to save more copies than it costs, and all of them together must have,
+the host's time to choose them counted in copies too: a decoding step has less of it to spare than the device.
 
 `simulate` replays routing traces through the same bookkeeping without weights.
 """

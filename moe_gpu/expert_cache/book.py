@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from moe_gpu.expert_cache.policies import Contest, Follower, History, PrefetchGate, best, count, settle
+from moe_gpu.expert_cache.policies import ADAPTIVE, Contest, Follower, History, PrefetchGate, in_order, settle
 
 NONE = -1
 
@@ -56,30 +56,38 @@ class LayerBook:
     num_slots: int
     expert_bytes: int
     history: History
-    slot_of_E: np.ndarray = field(init=False)
-    expert_of_S: np.ndarray = field(init=False)
-    unused_E: np.ndarray = field(init=False)  # prefetched and not used yet
-    pushed_E: np.ndarray = field(init=False)  # evicted by a prefetch and not loaded since
+    version: int = 0  # changes with every change of who is in which slot
+    slot_of: dict[int, int] = field(init=False)  # of the resident experts
+    expert_of_S: list[int] = field(init=False)
+    unused: set[int] = field(init=False)  # prefetched and not used yet
+    pushed: set[int] = field(init=False)  # evicted by a prefetch and not loaded since
 
     def __post_init__(self) -> None:
         self.forget()
 
     def forget(self) -> None:
         """Nothing is resident any more."""
-        self.slot_of_E = np.full(self.num_experts, NONE, dtype=np.int32)
-        self.expert_of_S = np.full(self.num_slots, NONE, dtype=np.int32)
-        self.unused_E = np.zeros(self.num_experts, dtype=bool)
-        self.pushed_E = np.zeros(self.num_experts, dtype=bool)
+        self.version += 1
+        self.slot_of = {}
+        self.expert_of_S = [NONE] * self.num_slots
+        self.unused = set()
+        self.pushed = set()
 
     @property
-    def resident_E(self) -> np.ndarray:
-        return self.slot_of_E != NONE
+    def full(self) -> bool:
+        """Whether every expert is resident."""
+        return len(self.slot_of) == self.num_experts
+
+    def free_slots(self) -> list[int]:
+        if len(self.slot_of) == self.num_slots:
+            return []
+        return [slot for slot, expert in enumerate(self.expert_of_S) if expert == NONE]
 
 
 class CacheBook:
     """The bookkeeping of all layers that share a budget: (experts, slots, bytes of an expert) each, in their order.
 
-    Every step of a layer is `plan`, then `learn`, then, if wanted, `prefetch`.
+    Every step of a layer is `plan`, then `learn`, then, if wanted, `prefetch`, all with the same needed experts.
     """
 
     PREFETCHES = 2  # experts a step, at most
@@ -92,46 +100,49 @@ class CacheBook:
         profile_LE: Sequence[Sequence[float]] | None = None,
     ) -> None:
         self.policy = policy
+        ranked = ADAPTIVE if policy == "auto" else (policy,)
         self.layers = [
-            LayerBook(experts, slots, size, History(experts, None if profile_LE is None else profile_LE[index]))
+            LayerBook(experts, slots, size, History(experts, None if profile_LE is None else profile_LE[index], ranked))
             for index, (experts, slots, size) in enumerate(layers)
         ]
         self.contest = Contest([(layer.num_experts, layer.num_slots) for layer in self.layers], policy)
-        self.gate = PrefetchGate() if prefetch and policy != "on-demand" else None
+        self.gate = PrefetchGate(len(layers)) if prefetch and policy != "on-demand" else None
         self.counts = Counts()
         self._followers: dict[int, Follower] = {}
-        self._before: tuple[int, np.ndarray] | None = None
+        self._before: tuple[int, Sequence[int]] | None = None
 
-    def plan(self, index: int, needed_E: np.ndarray) -> list[Wave]:
-        """The waves that compute the needed experts, recorded as if they had been carried out.
+    def plan(self, index: int, needed: Sequence[int]) -> list[Wave]:
+        """The waves that compute the needed experts, given in ascending order, recorded as if they were carried out.
 
         What is resident goes first, while the rest is on its way; every later wave takes what fits into the slots that
         are not kept, experts that stay last.
         """
         layer, counts = self.layers[index], self.counts
-        layer.history.record(needed_E)
+        layer.history.record(needed)
         if self.policy == "on-demand":
             layer.forget()
-        resident_E = layer.resident_E
-        hits = np.flatnonzero(needed_E & resident_E)
-        missing_E = needed_E & ~resident_E
-        misses = count(missing_E)
+        slot_of = layer.slot_of
+        hits = [expert for expert in needed if expert in slot_of]
+        misses = len(needed) - len(hits)
         counts.steps += 1
         counts.hits += len(hits)
         counts.misses += misses
-        self._judge_prefetches(layer, needed_E, missing_E)
-        waves = [Wave(hits.tolist(), layer.slot_of_E[hits].tolist(), [])] if len(hits) else []
-        if not misses:
-            return waves
-        rank_E = layer.history.rank(self.contest.serving)
-        keep_E = settle(resident_E, needed_E, rank_E, layer.num_slots)
-        free = np.flatnonzero(layer.expert_of_S == NONE).tolist()
-        leaving = [*best(resident_E & ~needed_E & ~keep_E, rank_E, layer.num_experts)]
-        leaving += [*best(resident_E & needed_E & ~keep_E, rank_E, layer.num_experts)]
-        open_slots = [*free, *layer.slot_of_E[leaving].tolist()]
-        passing = best(missing_E & ~keep_E, rank_E, layer.num_experts).tolist()
-        staying = best(missing_E & keep_E, rank_E, layer.num_experts).tolist()
+        if layer.unused or layer.pushed:
+            self._judge_prefetches(layer, needed)
+        waves = [Wave(hits, [slot_of[expert] for expert in hits], [])] if hits else []
+        if misses:
+            waves += self._load_missing(layer, needed)
+        return waves
+
+    def _load_missing(self, layer: LayerBook, needed: Sequence[int]) -> list[Wave]:
+        """The waves of what is not resident, in the slots that are free or given up."""
+        keys, slot_of = layer.history.keys(self.contest.serving), layer.slot_of
+        leaving, passing = settle(slot_of.keys(), needed, keys, layer.num_slots)
+        gone = {*slot_of, *passing}
+        staying = in_order((expert for expert in needed if expert not in gone), keys)
+        open_slots = [*layer.free_slots(), *(slot_of[expert] for expert in leaving)]
         groups = [passing[i : i + len(open_slots)] for i in range(0, len(passing), len(open_slots))]
+        waves = []
         for experts in [*groups, staying]:
             slots = open_slots[: len(experts)]
             loads = [Load(expert, slot) for expert, slot in zip(experts, slots, strict=True)]
@@ -140,70 +151,82 @@ class CacheBook:
             waves.append(Wave(experts, slots, loads))
         return waves
 
-    def _judge_prefetches(self, layer: LayerBook, needed_E: np.ndarray, missing_E: np.ndarray) -> None:
-        used = count(layer.unused_E & needed_E)
-        missed = count(layer.pushed_E & missing_E)
-        layer.unused_E &= ~needed_E
-        layer.pushed_E &= ~missing_E
-        self.counts.prefetch_hits += used
-        self.counts.prefetch_victims += missed
+    def _judge_prefetches(self, layer: LayerBook, needed: Sequence[int]) -> None:
+        used = layer.unused.intersection(needed)
+        missed = layer.pushed.intersection(needed)  # these are not resident
+        layer.unused -= used
+        layer.pushed -= missed
+        self.counts.prefetch_hits += len(used)
+        self.counts.prefetch_victims += len(missed)
         if self.gate is not None:
-            self.gate.gained += used - missed
+            self.gate.gained += len(used) - len(missed)
 
     def _load(self, layer: LayerBook, load: Load, prefetch: bool = False) -> None:
-        old = int(layer.expert_of_S[load.slot])
+        layer.version += 1
+        old = layer.expert_of_S[load.slot]
         if old != NONE:
-            self.counts.evictions += 1
-            layer.slot_of_E[old] = NONE
-            layer.pushed_E[old] = prefetch
-            if layer.unused_E[old]:
-                layer.unused_E[old] = False
-                self.counts.bytes_wasted += layer.expert_bytes
-                if self.gate is not None:
-                    self.gate.wasted += 1
+            self._evict(layer, old, prefetch)
         layer.expert_of_S[load.slot] = load.expert
-        layer.slot_of_E[load.expert] = load.slot
-        layer.unused_E[load.expert] = prefetch
-        layer.pushed_E[load.expert] = False
+        layer.slot_of[load.expert] = load.slot
+        layer.pushed.discard(load.expert)
         self.counts.bytes_copied += layer.expert_bytes
         if prefetch:
+            layer.unused.add(load.expert)
             self.counts.bytes_prefetched += layer.expert_bytes
 
-    def learn(self, index: int, needed_E: np.ndarray) -> None:
-        """Replay the step in shadow and note what followed what; nothing of it is needed to serve the step."""
-        self.contest.observe(index, needed_E, self.layers[index].history)
-        if self.gate is None:
-            return
-        self.gate.tick()
-        if self._before is not None and self.following(self._before[0]) == index:
-            self._follower(self._before[0]).record(self._before[1], needed_E)
-        self._before = index, needed_E
+    def _evict(self, layer: LayerBook, expert: int, prefetch: bool) -> None:
+        self.counts.evictions += 1
+        del layer.slot_of[expert]
+        if prefetch:
+            layer.pushed.add(expert)
+        if expert in layer.unused:
+            layer.unused.remove(expert)
+            self.counts.bytes_wasted += layer.expert_bytes
+            if self.gate is not None:
+                self.gate.wasted += 1
 
-    def prefetch(self, index: int) -> list[Load]:
-        """What to load for the layer that follows `index` before it asks; nothing while that loses.
+    def learn(self, index: int, needed: Sequence[int]) -> None:
+        """Replay the step in shadow; nothing of it is needed to serve the step."""
+        self.contest.observe(index, needed, self.layers[index].history)
+
+    def prefetch(self, index: int, needed: Sequence[int]) -> list[Load]:
+        """What to load for the layer that follows `index` before it asks; nothing while that loses."""
+        if self.gate is None:
+            return []
+        self.gate.tick()
+        if not self.gate.listening:
+            self._before = None
+            return []
+        if self._before is not None and self.following(self._before[0]) == index:
+            self._follower(self._before[0]).record(self._before[1], needed)
+        self._before = index, needed
+        return self._look_ahead(index, needed) if self.gate.on and needed else []
+
+    def _look_ahead(self, index: int, needed: Sequence[int]) -> list[Load]:
+        """The prefetches that should save copies.
 
         A copy pays if the expert is used, p, and costs if it is not, 1 - p, or if the expert that it replaces is, q: so
         it is made where 2 p > 1 + q, of a free slot where 2 p > 1.
         """
-        if self.gate is None or not self.gate.on or self._before is None or self._before[0] != index:
-            return []
         layer = self.layers[self.following(index)]
         if layer.num_slots >= layer.num_experts:
             return []  # `fill` sees to it
-        chance_E = self._follower(index).expect(self._before[1])
-        resident_E = layer.resident_E
-        wanted = best(~resident_E, np.argsort(np.argsort(chance_E, kind="stable")), self.PREFETCHES)[::-1]
-        free = np.flatnonzero(layer.expert_of_S == NONE).tolist()
-        leaving = np.flatnonzero(resident_E)
-        leaving = leaving[np.argsort(chance_E[leaving], kind="stable")].tolist()
+        chance_E = self._follower(index).expect(needed)
+        likely = [expert for expert in np.flatnonzero(chance_E > 0.5).tolist() if expert not in layer.slot_of]
+        if not likely:
+            return []
+        chances = chance_E.tolist()
+        wanted = sorted(likely, key=lambda expert: (chances[expert], expert), reverse=True)[: self.PREFETCHES]
+        free = layer.free_slots()
+        leaving = sorted(layer.slot_of, key=lambda expert: (chances[expert], expert))
         loads = []
-        for expert in wanted.tolist():
+        for expert in wanted:
             if not free and not leaving:
                 break
-            cost = 0.0 if free else float(chance_E[leaving[0]])
-            if 2 * float(chance_E[expert]) <= 1 + cost:
+            cost = 0.0 if free else chances[leaving[0]]
+            if 2 * chances[expert] <= 1 + cost:
                 break
-            slot = free.pop(0) if free else int(layer.slot_of_E[leaving.pop(0)])
+            slot = free.pop(0) if free else layer.slot_of[leaving.pop(0)]
             loads.append(Load(expert, slot))
             self._load(layer, loads[-1], prefetch=True)
         return loads
@@ -211,7 +234,9 @@ class CacheBook:
     def fill(self, index: int) -> list[Load]:
         """Load every expert of a layer that has a slot for each, expert e into slot e."""
         layer = self.layers[index]
-        loads = [Load(expert, expert) for expert in np.flatnonzero(~layer.resident_E).tolist()]
+        if layer.full:
+            return []
+        loads = [Load(expert, expert) for expert in range(layer.num_experts) if expert not in layer.slot_of]
         for load in loads:
             self._load(layer, load)
         return loads

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import logging
+import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Protocol
 
-import numpy as np
 import torch
 
-from moe_gpu.expert_cache.book import CacheBook, Counts, Wave
+from moe_gpu.expert_cache.book import CacheBook, Counts, Load, Wave
 from moe_gpu.expert_cache.budget import HbmBudgetError, HbmMemoryError, parse_budget, split_budget
 from moe_gpu.expert_cache.lane import CopyLane, host_copy, make_lane
-from moe_gpu.expert_cache.policies import POLICIES, count
+from moe_gpu.expert_cache.policies import POLICIES, PrefetchGate
 from moe_gpu.profiler import AsyncCopy
 from moe_gpu.reference import INVALID, ExpertWeights, Routing
 
@@ -149,6 +149,12 @@ class ExpertCache:
                 layer.index = index
         return self._book
 
+    def following(self, index: int) -> LayerCache | None:
+        """The layer that runs after this one; None while layers come and go."""
+        if self._book is None or self._lost_member:
+            return None
+        return self._members[self._book.following(index)]()
+
     def lane(self, device: torch.device) -> CopyLane:
         if device not in self._lanes:
             self._lanes[device] = make_lane(device)
@@ -188,7 +194,7 @@ class ExpertCache:
             budget_bytes=int(self.budget * total) if isinstance(self.budget, float) else self.budget,
             used_bytes=sum(layer.allocated_bytes for layer in self.layers),
             slots_by_layer=[layer.num_slots for layer in book.layers],
-            resident_by_layer=[np.flatnonzero(layer.resident_E).tolist() for layer in book.layers],
+            resident_by_layer=[sorted(layer.slot_of) for layer in book.layers],
             hit_rate=counts.hits / requests if requests else None,
             policy=book.contest.serving,
             policy_switches=book.contest.switches,
@@ -234,11 +240,18 @@ class LayerCache:
     def free(self) -> None:
         """Give the slots' memory back; the bookkeeping is the caller's to reset."""
         self._slots: ExpertWeights | None = None
-        self._host: tuple[torch.Tensor | None, ...] = ()
+        # An expert's tensors by slot and by expert: to index the stacks anew costs the host as much as to start a copy.
+        self._slot_tensors: list[tuple[torch.Tensor, ...]] = []
+        self._host_tensors: list[tuple[torch.Tensor, ...]] = []
         self._seen: object = None
         self._ready: list[object] = []  # by slot: when its weights have arrived
         self._last_use: list[object] = []  # by slot: when the last computation that reads them is done
-        self._table: tuple[np.ndarray, torch.Tensor] | None = None
+        self._table: tuple[int, torch.Tensor] | None = None  # expert -> slot, and of which version of the book
+
+    @property
+    def _device(self) -> torch.device | None:
+        """Where the slots are; None before there are any."""
+        return None if self._slots is None else self._slots.up_EGH.device
 
     @property
     def allocated_bytes(self) -> int:
@@ -259,14 +272,14 @@ class LayerCache:
         Raises ValueError where a gradient is asked for or a partly resident layer is captured in a graph, and
         HbmMemoryError if the slots do not fit into the device's memory.
         """
-        tensors = (x_TH, routing.topk_weights_TK, *weights.tensors())
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        if torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in (x_TH, routing.topk_weights_TK, *weights.tensors())
+        ):
             raise ValueError("hbm_budget serves inference only and a gradient is asked for; run under torch.no_grad()")
-        book = self.cache.book()
-        capturing = is_capturing(x_TH.device)
+        layer = self.cache.book().layers[self.index]
         stale = self._seen != self._identity(weights, x_TH.device)
-        if capturing and (not self.whole or stale or not book.layers[self.index].resident_E.all()):
-            held = f"{count(book.layers[self.index].resident_E)} of {self.num_experts} experts are resident"
+        if is_capturing(x_TH.device) and (not self.whole or stale or not layer.full):
+            held = f"{len(layer.slot_of)} of {self.num_experts} experts are resident"
             raise ValueError(
                 f"a CUDA graph cannot capture this layer: {held}, and which others a replay needs is known to the host "
                 "only while it runs; give an hbm_budget that holds all experts and call the layer once before capture"
@@ -279,7 +292,7 @@ class LayerCache:
             return self._run_waves(x_TH, routing, activation, ops)
         except BaseException:
             # What has been copied and what has not is unknown: nothing counts as resident.
-            book.layers[self.index].forget()
+            layer.forget()
             raise
 
     @staticmethod
@@ -320,21 +333,21 @@ class LayerCache:
             self._slots = ExpertWeights(*made)  # type: ignore[arg-type]
             lane.adopt(slot for slot in made if slot is not None)
         layer.forget()
-        self._host = tuple(None if t is None else t.detach() for t in weights.tensors())
+        assert self._slots is not None
+        self._slot_tensors = _by_expert(self._slots)
+        self._host_tensors = _by_expert(weights)
         self._ready = [None] * layer.num_slots
         self._last_use = [lane.mark()] * layer.num_slots  # fresh memory may still be in use by what freed it
         self._seen = self._identity(weights, device)
 
-    def _copy(self, lane: CopyLane, loads: Sequence) -> None:
+    def _copy(self, lane: CopyLane, loads: Sequence[Load]) -> None:
         """Start copying experts into their slots, each slot after its last use."""
         if not loads:
             return
-        assert self._slots is not None
         pairs = [
-            (slots[load.slot], host[load.expert])
+            pair
             for load in loads
-            for slots, host in zip(self._slots.tensors(), self._host, strict=True)
-            if slots is not None and host is not None
+            for pair in zip(self._slot_tensors[load.slot], self._host_tensors[load.expert], strict=True)
         ]
         token = lane.copy(pairs, [self._last_use[load.slot] for load in loads])
         for load in loads:
@@ -359,26 +372,39 @@ class LayerCache:
         assert self._slots is not None
         waves: list[Wave] = []
         if x_TH.shape[0]:
+            bounds_P = AsyncCopy(routing.offsets_P)
+            # Launched before the wait, since it needs no answer: the ids, with one that is no expert's where dropped.
+            kept_R = torch.where(routing.row_of_route_TK < 0, self.num_experts, routing.topk_ids_TK).flatten()
             # The one thing that the host waits for: E + 1 numbers, which are there as soon as the routing is.
-            needed_E = AsyncCopy(routing.offsets_P).result().diff().gt(0).numpy()
-            waves = book.plan(self.index, needed_E)
+            bounds = bounds_P.result().numpy()
+            needed = (bounds[1:] > bounds[:-1]).nonzero()[0].tolist()
+            waves = book.plan(self.index, needed)
         if not waves:
             return x_TH.new_zeros(x_TH.shape[0], self._slots.down_EOI.shape[1])
-        out_TO = self._compute(x_TH, routing, activation, ops, waves, lane)
+        bins = self._sort(routing, kept_R, waves, ops)
+        out_TO = self._compute(x_TH, bins, activation, ops, waves, lane)
         # From here on the host works while the device computes.
-        book.learn(self.index, needed_E)
-        following = self.cache.layers[book.following(self.index)]
-        if following._slots is not None and following._slots.up_EGH.device == x_TH.device:
-            following._copy(lane, book.prefetch(self.index))
+        book.learn(self.index, needed)
+        if book.gate is not None:
+            self._prefetch(book, book.gate, needed, lane)
         return out_TO
 
+    def _prefetch(self, book: CacheBook, gate: PrefetchGate, needed: list[int], lane: CopyLane) -> None:
+        """Copy what the next layer will probably need; the gate weighs what that takes the host."""
+        begin = time.perf_counter()
+        following = self.cache.following(self.index)
+        if following is not None and following._device == self._device:
+            following._copy(lane, book.prefetch(self.index, needed))
+        if gate.copy_s is None:
+            gate.copy_s = lane.seconds(self.expert_bytes)
+        gate.host_s += time.perf_counter() - begin
+
     def _compute(
-        self, x_TH: torch.Tensor, routing: Routing, activation: str, ops: Ops, waves: list[Wave], lane: CopyLane
+        self, x_TH: torch.Tensor, bins: Routing, activation: str, ops: Ops, waves: list[Wave], lane: CopyLane
     ) -> torch.Tensor:
         """Every wave's rows into one buffer, then one sum over each token's rows, as if there had been one wave."""
         assert self._slots is not None
         num_slots = len(self._ready)
-        bins = self._sort(routing, waves, num_slots, ops)
         y_RO: torch.Tensor | None = None
         self._copy(lane, waves[0].loads)
         for number, wave in enumerate(waves):
@@ -386,7 +412,7 @@ class LayerCache:
             # What goes into slots that this wave does not read can be on its way before this wave is launched.
             self._copy(lane, [load for load in upcoming if load.slot not in wave.slots])
             lane.wait(self._ready[slot] for slot in wave.slots)
-            weights = self._slots.to(x_TH.dtype)
+            weights = self._slots.to(x_TH.dtype)  # under autocast this reads the slots
             y_RO = ops.expert_rows(x_TH, bins, weights, activation, number * num_slots, self.num_experts, y_RO)
             token = lane.mark()
             for slot in wave.slots:
@@ -395,20 +421,36 @@ class LayerCache:
         assert y_RO is not None
         return ops.combine_rows(y_RO, bins, x_TH.dtype)
 
-    def _sort(self, routing: Routing, waves: list[Wave], num_slots: int, ops: Ops) -> Routing:
+    def _sort(self, routing: Routing, kept_R: torch.Tensor, waves: list[Wave], ops: Ops) -> Routing:
         """The routes sorted by wave, then slot: the table expert -> bin is looked up on the device."""
-        bin_E = np.full(self.num_experts + 1, INVALID, dtype=np.int32)  # the last for dropped routes
-        if len(waves) == 1 and not waves[0].loads:
-            bin_E[:-1] = self.cache.book().layers[self.index].slot_of_E  # the same until something is loaded
-        for number, wave in enumerate(waves):
-            bin_E[wave.experts] = np.asarray(wave.slots) + number * num_slots
         ids_TK = routing.topk_ids_TK
-        if self._table is None or not np.array_equal(self._table[0], bin_E):
-            host = torch.from_numpy(bin_E.copy())
-            if ids_TK.device.type == "cuda":
-                host = host.pin_memory()
-            self._table = bin_E, host.to(ids_TK.device, non_blocking=True)
-        kept_TK = torch.where(routing.row_of_route_TK < 0, self.num_experts, ids_TK)
-        bins_TK = self._table[1].index_select(0, kept_TK.flatten()).view_as(ids_TK)
-        bins = ops.sort_routes(bins_TK, routing.topk_weights_TK, len(waves) * num_slots)
+        table_E = self._table_of(waves, ids_TK.device)
+        bins_TK = table_E.index_select(0, kept_R).view_as(ids_TK)
+        bins = ops.sort_routes(bins_TK, routing.topk_weights_TK, len(waves) * len(self._ready))
+        if bins.topk_weights_TK is routing.topk_weights_TK:
+            return bins
         return replace(bins, topk_weights_TK=routing.topk_weights_TK)
+
+    def _table_of(self, waves: list[Wave], device: torch.device) -> torch.Tensor:
+        """(E + 1,): each expert's bin, the last for dropped routes; without loads the same until there are some."""
+        layer = self.cache.book().layers[self.index]
+        settled = len(waves) == 1 and not waves[0].loads
+        if settled and self._table is not None and self._table[0] == layer.version:
+            return self._table[1]
+        bin_E = [INVALID] * (self.num_experts + 1)
+        if settled:
+            for expert, slot in layer.slot_of.items():
+                bin_E[expert] = slot
+        for number, wave in enumerate(waves):
+            for expert, slot in zip(wave.experts, wave.slots, strict=True):
+                bin_E[expert] = slot + number * layer.num_slots
+        host_E = torch.tensor(bin_E, dtype=torch.int32, pin_memory=device.type == "cuda")
+        table_E = host_E.to(device, non_blocking=True)
+        if settled:
+            self._table = layer.version, table_E
+        return table_E
+
+
+def _by_expert(weights: ExpertWeights) -> list[tuple[torch.Tensor, ...]]:
+    """Each expert's own tensors."""
+    return list(zip(*(t.detach().unbind() for t in weights.tensors() if t is not None), strict=True))

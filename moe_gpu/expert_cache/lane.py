@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -31,31 +32,61 @@ class CopyLane:
     def synchronize(self) -> None:
         """Wait on the host until no copy is under way."""
 
+    def seconds(self, num_bytes: int) -> float | None:
+        """What copying so much takes the lane; None as long as it is not known, or where the host itself copies."""
+        return None
+
+
+@dataclass(eq=False)
+class Point:
+    """A point on a stream. Once seen to be reached it is not asked again, which would cost the host each time."""
+
+    event: torch.cuda.Event
+    reached: bool = False
+
 
 class CudaCopyLane(CopyLane):
     """A stream of its own; tokens are events. Nothing here waits on the host but `synchronize`."""
 
     asynchronous = True
+    TIMED = 8  # copies, of which the fastest tells the pace
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device)
+        self._timed: list[tuple[torch.cuda.Event, torch.cuda.Event, int]] = []
+        self._seconds_per_byte: float | None = None
 
     def copy(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], after: Iterable[object]) -> object:
         for event in _pending(after):
             self.stream.wait_event(event)
+        timed = bool(pairs) and len(self._timed) < self.TIMED and self._seconds_per_byte is None
+        begin = self.stream.record_event(torch.cuda.Event(enable_timing=True)) if timed else None
         with torch.cuda.stream(self.stream):
             for destination, source in pairs:
                 destination.copy_(source, non_blocking=True)
-        return self.stream.record_event()
+        end = self.stream.record_event(torch.cuda.Event(enable_timing=timed))
+        if begin is not None:
+            self._timed.append((begin, end, sum(source.nbytes for _, source in pairs)))
+        return Point(end)
+
+    def seconds(self, num_bytes: int) -> float | None:
+        if self._seconds_per_byte is None:
+            if len(self._timed) < self.TIMED or not self._timed[-1][1].query():
+                return None
+            self._seconds_per_byte = min(begin.elapsed_time(end) / size for begin, end, size in self._timed) / 1e3
+            self._timed.clear()
+        return num_bytes * self._seconds_per_byte
 
     def mark(self) -> object:
-        return torch.cuda.current_stream(self.device).record_event()
+        return Point(torch.cuda.current_stream(self.device).record_event())
 
     def wait(self, tokens: Iterable[object]) -> None:
-        current = torch.cuda.current_stream(self.device)
-        for event in _pending(tokens):
-            current.wait_event(event)
+        events = _pending(tokens)
+        if events:
+            current = torch.cuda.current_stream(self.device)
+            for event in events:
+                current.wait_event(event)
 
     def adopt(self, tensors: Iterable[torch.Tensor]) -> None:
         for tensor in tensors:
@@ -66,9 +97,11 @@ class CudaCopyLane(CopyLane):
 
 
 def _pending(tokens: Iterable[object]) -> list[torch.cuda.Event]:
-    """The events among the tokens that have not been reached, each once."""
-    unique = {id(token): token for token in tokens if isinstance(token, torch.cuda.Event)}
-    return [event for event in unique.values() if not event.query()]
+    """The events of points among the tokens that have not been reached, each once."""
+    points = {token for token in tokens if isinstance(token, Point) and not token.reached}
+    for point in points:
+        point.reached = point.event.query()
+    return [point.event for point in points if not point.reached]
 
 
 def make_lane(device: torch.device) -> CopyLane:

@@ -1,12 +1,15 @@
 """Which experts keep their slots: rankings of requests, what is kept after a step, and which ranking serves.
 
-Nothing here knows of tensors. A request is the set of experts that one step of one layer needs, as a mask (E,).
+Nothing here knows of tensors. A request is what one step of one layer needs, as ascending ids of experts. Steps are
+many and need few experts, so these are sets and lists: a call of NumPy costs as much as ten ids do here.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
+from heapq import nsmallest
 
 import numpy as np
 
@@ -20,102 +23,138 @@ EWMA_WEIGHT = 0.1
 PASS_THROUGH = 4  # one in so many slots, at least, is given to a step that needs more experts than there are slots
 
 
-def count(mask: np.ndarray) -> int:
-    return int(np.count_nonzero(mask))
+Key = tuple[float, int, int]
+"""An expert's score, last use and id. The lowest key is evicted first: ties go by the last use, then the lower id."""
 
 
 class History:
-    """What a layer's steps have asked for so far; every ranking is a function of it, whatever is resident."""
+    """What a layer's steps have asked for so far; every ranking is a function of it, whatever is resident.
 
-    def __init__(self, num_experts: int, profile_E: Sequence[float] | None = None) -> None:
-        self.steps = 0
-        self.last_E = np.full(num_experts, -1, dtype=np.int64)
-        self.count_E = np.zeros(num_experts, dtype=np.int64)
-        self.ewma_E = np.zeros(num_experts)
-        self.profile_E = np.zeros(num_experts) if profile_E is None else np.asarray(profile_E, dtype=np.float64)
-
-    def record(self, needed_E: np.ndarray) -> None:
-        self.last_E[needed_E] = self.steps
-        self.count_E[needed_E] += 1
-        self.ewma_E *= 1 - EWMA_WEIGHT
-        self.ewma_E[needed_E] += EWMA_WEIGHT
-        self.steps += 1
-
-    def rank(self, policy: str) -> np.ndarray:
-        """Each expert's place in the order of eviction, 0 first; ties go by the last use, then the lower id first."""
-        scores = {"lru": self.last_E, "lfu": self.count_E, "ewma": self.ewma_E}.get(policy, self.profile_E)
-        order = np.lexsort((self.last_E, scores))
-        rank_E = np.empty_like(order)
-        rank_E[order] = np.arange(len(order))
-        return rank_E
-
-
-def best(candidates_E: np.ndarray, rank_E: np.ndarray, limit: int) -> np.ndarray:
-    """The ids of the `limit` candidates that are evicted last, in the order of eviction."""
-    ids = np.flatnonzero(candidates_E)
-    ids = ids[np.argsort(rank_E[ids])]
-    return ids[max(0, len(ids) - limit) :]
-
-
-def settle(resident_E: np.ndarray, needed_E: np.ndarray, rank_E: np.ndarray, slots: int) -> np.ndarray:
-    """Who is resident after a step: at most `slots` experts, of those that were and those that the step needed.
-
-    Every needed expert stays, beside the best of the others. Where there are more needed ones than slots, the rest pass
-    through: a quarter of the slots, or fewer if fewer are missing, goes to the best of the missing and all else to the
-    best of the needed, so that one large step does not sweep the cache.
+    A ranking is a list of keys that change only with their own expert's use, so a step costs what it needs.
     """
-    keep_E = np.zeros_like(needed_E)
-    needed = count(needed_E)
-    if needed <= slots:
-        keep_E[needed_E] = True
-        keep_E[best(resident_E & ~needed_E, rank_E, slots - needed)] = True
-        return keep_E
-    missing_E = needed_E & ~resident_E
-    passing = min(count(missing_E), math.ceil(slots / PASS_THROUGH))
-    keep_E[best(missing_E, rank_E, passing)] = True
-    keep_E[best(needed_E & ~keep_E, rank_E, slots - passing)] = True
-    return keep_E
+
+    TOP_GAIN = 1e100
+
+    def __init__(
+        self,
+        num_experts: int,
+        profile_E: Sequence[float] | None = None,
+        policies: Iterable[str] = (*ADAPTIVE, "static"),
+    ) -> None:
+        self.steps = 0
+        self._keys: dict[str, list[Key]] = {p: [(0, -1, e) for e in range(num_experts)] for p in policies}
+        # What a use adds. The others of an average do not fade: later uses weigh more, which orders them alike.
+        self._gain = {policy: 1.0 if policy in ("lfu", "ewma") else 0.0 for policy in self._keys}
+        if profile_E is not None:
+            self.set_profile(profile_E)
+
+    def set_profile(self, profile_E: Sequence[float]) -> None:
+        """What `static` ranks by from now on."""
+        self._keys["static"] = [(s, last, e) for s, (_, last, e) in zip(profile_E, self._keys["static"], strict=True)]
+
+    def record(self, needed: Sequence[int]) -> None:
+        now = self.steps
+        for policy, keys in self._keys.items():
+            gain = self._gain[policy]
+            for e in needed:
+                keys[e] = (keys[e][0] + gain, now, e)
+        self.steps += 1
+        if "ewma" in self._gain:
+            self._gain["ewma"] /= 1 - EWMA_WEIGHT
+            if self._gain["ewma"] > self.TOP_GAIN:
+                self._rescale()
+
+    def _rescale(self) -> None:
+        gain, self._gain["ewma"] = self._gain["ewma"], 1.0
+        keys = self._keys["ewma"]
+        keys[:] = [(score / gain, last, e) for score, last, e in keys]
+
+    def keys(self, policy: str) -> list[Key]:
+        """Each expert's key; the list is the history's own."""
+        return self._keys[policy]
+
+
+def in_order(experts: Iterable[int], keys: Sequence[Key]) -> list[int]:
+    """The experts in the order of eviction."""
+    return sorted(experts, key=keys.__getitem__)
+
+
+def settle(
+    resident: AbstractSet[int], needed: Sequence[int], keys: Sequence[Key], slots: int
+) -> tuple[list[int], list[int]]:
+    """Who leaves and who passes through without staying, when experts are needed that are not resident.
+
+    Both in the order of eviction, but of those that leave, needed ones come last. Every needed expert stays, beside the
+    best of the others. Where there are more needed ones than slots, the rest pass through: a quarter of the slots, or
+    fewer if fewer are missing, goes to the best of the missing and all else to the best of the needed, so that one
+    large step does not sweep the cache.
+    """
+    asked = set(needed)
+    others = resident - asked
+    if len(asked) <= slots:
+        return nsmallest(len(asked) + len(others) - slots, others, key=keys.__getitem__), []
+    missing = in_order(asked - resident, keys)
+    passing = min(len(missing), math.ceil(slots / PASS_THROUGH))
+    keep = set(missing[len(missing) - passing :])
+    rest = in_order(asked - keep, keys)
+    keep.update(rest[len(rest) - (slots - passing) :])
+    leaving = in_order(others, keys) + in_order((asked & resident) - keep, keys)
+    return leaving, [expert for expert in missing if expert not in keep]
 
 
 class Contest:
     """Chooses the policy: each is replayed in shadow on the real requests, and the one with the most hits serves.
 
-    A shadow is a mask of who would be resident; it holds no weights. Hits and requests fade over about WINDOW steps. A
-    policy takes over only if its hit rate is more than MARGIN above the serving one's, and not within DWELL steps of
-    the last change. `chosen` other than "auto" serves always, and nothing is replayed.
+    A shadow is the set of who would be resident; it holds no weights. At most WATCHED of the partly resident layers,
+    evenly spread, have any, so that shadows take no more of a model's step the more layers it has. Hits and requests
+    fade over about WINDOW watched steps. A policy takes over only if its hit rate is more than MARGIN above the serving
+    one's, and not within DWELL watched steps of the last change. `chosen` other than "auto" serves always, and nothing
+    is replayed.
     """
 
-    WINDOW, MARGIN, DWELL = 512, 0.02, 64
+    WATCHED, WINDOW, MARGIN, DWELL = 8, 512, 0.02, 64
 
     def __init__(self, sizes: Sequence[tuple[int, int]], chosen: str = "auto") -> None:
         self.chosen = chosen
         self.serving = "lru" if chosen == "auto" else chosen
         self.switches = 0
         self._slots = [slots for _, slots in sizes]
-        self._shadows = {policy: [np.zeros(experts, dtype=bool) for experts, _ in sizes] for policy in ADAPTIVE}
+        partly = [i for i, (experts, slots) in enumerate(sizes) if slots < experts and chosen == "auto"]
+        every = max(1, math.ceil(len(partly) / self.WATCHED))
+        watched = partly[every // 2 :: every]
+        self._shadows: dict[int, dict[str, set[int]]] = {i: {policy: set() for policy in ADAPTIVE} for i in watched}
         self._hits = dict.fromkeys(ADAPTIVE, 0.0)
         self._requests = 0.0
         self._since_switch = 0
 
-    def observe(self, layer: int, needed_E: np.ndarray, history: History) -> None:
+    def observe(self, layer: int, needed: Sequence[int], history: History) -> None:
         """Replay one step, already recorded in `history`, and choose anew."""
-        if self.chosen != "auto":
+        shadows = self._shadows.get(layer)
+        if shadows is None:
             return
         fade = 1 - 1 / self.WINDOW
-        self._requests = self._requests * fade + count(needed_E)
-        for policy, shadows in self._shadows.items():
-            resident_E = shadows[layer]
-            hits = count(resident_E & needed_E)
+        self._requests = self._requests * fade + len(needed)
+        for policy, resident in shadows.items():
+            hits = self._replay(resident, needed, history.keys(policy), self._slots[layer])
             self._hits[policy] = self._hits[policy] * fade + hits
-            if hits < count(needed_E):
-                shadows[layer] = settle(resident_E, needed_E, history.rank(policy), self._slots[layer])
         self._since_switch += 1
         if self._since_switch >= self.DWELL:
-            rates = self.scores()
-            leader = max(ADAPTIVE, key=lambda policy: rates[policy] or 0.0)
-            if (rates[leader] or 0.0) > (rates[self.serving] or 0.0) + self.MARGIN:
-                self.serving, self._since_switch = leader, 0
-                self.switches += 1
+            self._choose()
+
+    @staticmethod
+    def _replay(resident: set[int], needed: Sequence[int], keys: Sequence[Key], slots: int) -> int:
+        hits = len(resident.intersection(needed))
+        if hits < len(needed):
+            leaving, passing = settle(resident, needed, keys, slots)
+            resident.update(needed)
+            resident.difference_update(leaving, passing)
+        return hits
+
+    def _choose(self) -> None:
+        leader = max(self._hits, key=self._hits.__getitem__)
+        if self._hits[leader] > self._hits[self.serving] + self.MARGIN * self._requests:
+            self.serving, self._since_switch = leader, 0
+            self.switches += 1
 
     def scores(self) -> dict[str, float | None]:
         """The recent hit rate of each shadow; None before the first request, and where none is replayed."""
@@ -123,32 +162,52 @@ class Contest:
 
 
 class PrefetchGate:
-    """Whether prefetching pays: hits gained against copies wasted; off while it loses, tried again ever more rarely.
+    """Whether prefetching pays: hits gained against copies wasted and host time; off while it loses, then tried again.
 
     gained: prefetched experts that were used, less misses on experts that a prefetch had evicted. wasted: prefetched
-    experts that were evicted unused. All are copies of one expert, so they can be compared.
+    experts that were evicted unused. host_s: seconds of the host that looking for what to prefetch has taken; of these
+    `copy_s` are worth a copy of one expert, so that all can be compared. Where that is None, host time is not weighed.
+
+    Judged are OUTCOMES, or TRIAL steps of every layer in which less has come in; what gains nothing loses, for looking
+    is never free. Each pause in a row is twice as long, in steps of every layer too; at its end what follows what is
+    noted again.
     """
 
-    OUTCOMES, FIRST_PAUSE, LONGEST_PAUSE = 32, 256, 1 << 16
+    OUTCOMES, TRIAL, FIRST_PAUSE, LONGEST_PAUSE, WARM_UP = 32, 128, 256, 1 << 14, 64
 
-    def __init__(self) -> None:
+    def __init__(self, num_layers: int = 1) -> None:
         self.on = True
-        self.gained = self.wasted = 0
+        self.copy_s: float | None = None
+        self._num_layers = num_layers
         self._pause = self.FIRST_PAUSE
-        self._resume_in = 0
+        self._left = self.TRIAL * num_layers  # steps until the end of this trial or pause
+        self._begin()
+
+    def _begin(self) -> None:
+        self.gained = self.wasted = 0
+        self.host_s = 0.0
+
+    @property
+    def listening(self) -> bool:
+        """Whether it is worth noting what follows what."""
+        return self.on or self._left <= self.WARM_UP * self._num_layers
 
     def tick(self) -> None:
-        """Once a step: judge what has come in, or count the pause down."""
+        """Once a step of a layer."""
+        self._left -= 1
         if not self.on:
-            self._resume_in -= 1
-            self.on = self._resume_in <= 0
-        elif abs(self.gained) + self.wasted >= self.OUTCOMES:
-            if self.gained < self.wasted:
-                self.on, self._resume_in = False, self._pause
-                self._pause = min(2 * self._pause, self.LONGEST_PAUSE)
-            else:
-                self._pause = self.FIRST_PAUSE
-            self.gained = self.wasted = 0
+            if self._left <= 0:
+                self.on, self._left = True, self.TRIAL * self._num_layers
+                self.host_s = 0.0  # counting the pause down is no reason to lengthen it
+        elif self._left <= 0 or abs(self.gained) + self.wasted >= self.OUTCOMES:
+            self._judge()
+
+    def _judge(self) -> None:
+        price = self.wasted + (self.host_s / self.copy_s if self.copy_s else 0.0)
+        self.on = self.gained > price
+        self._left = (self.TRIAL if self.on else self._pause) * self._num_layers
+        self._pause = self.FIRST_PAUSE if self.on else min(2 * self._pause, self.LONGEST_PAUSE)
+        self._begin()
 
 
 class Follower:
@@ -157,11 +216,12 @@ class Follower:
     def __init__(self, num_experts: int, num_next: int) -> None:
         self._share_EN = np.zeros((num_experts, num_next), dtype=np.float32)
 
-    def record(self, needed_E: np.ndarray, next_N: np.ndarray) -> None:
-        rows = np.flatnonzero(needed_E)
-        self._share_EN[rows] += EWMA_WEIGHT * (next_N - self._share_EN[rows])
+    def record(self, needed: Sequence[int], following: Sequence[int]) -> None:
+        share_AN = self._share_EN[needed]
+        share_AN *= 1 - EWMA_WEIGHT
+        share_AN[:, following] += EWMA_WEIGHT
+        self._share_EN[needed] = share_AN
 
-    def expect(self, needed_E: np.ndarray) -> np.ndarray:
-        """The chance of each expert of the next layer to be needed."""
-        rows = np.flatnonzero(needed_E)
-        return self._share_EN[rows].mean(0) if len(rows) else np.zeros(self._share_EN.shape[1], dtype=np.float32)
+    def expect(self, needed: Sequence[int]) -> np.ndarray:
+        """The chance of each expert of the next layer to be needed; of at least one expert of this one."""
+        return np.add.reduce(self._share_EN[needed]) / len(needed)

@@ -72,10 +72,11 @@ def simulate(
     for step, needed_LE in enumerate(needed):
         for layer, needed_E in enumerate(needed_LE):
             if ahead is not None:
-                book.layers[layer].history.profile_E = -ahead[step, layer].astype(np.float64)
-            book.plan(layer, needed_E)
-            book.learn(layer, needed_E)
-            book.prefetch(layer)
+                book.layers[layer].history.set_profile((-ahead[step, layer]).tolist())
+            ids = np.flatnonzero(needed_E).tolist()
+            book.plan(layer, ids)
+            book.learn(layer, ids)
+            book.prefetch(layer, ids)
     return ExpertCacheRow(
         trace.source,
         policy,
