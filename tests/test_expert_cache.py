@@ -506,6 +506,7 @@ def test_the_recorder_runs_every_arm_and_goes_on_after_a_failure(tmp_path, capsy
     from moe_gpu.results import ExpertCacheRow, read_rows, select
 
     path = Path(__file__).resolve().parent.parent / "benchmarks" / "run_expert_cache.py"
+    monkeypatch.syspath_prepend(str(path.parent))
     spec = importlib.util.spec_from_file_location("run_expert_cache", path)
     script = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, script)
