@@ -31,21 +31,22 @@ from moe_gpu.slices.plan import (
     unsliced,
 )
 from moe_gpu.slices.policies import (
+    SLICING_GAIN,
     Choice,
     LoadProfile,
     Setting,
     SliceAllocationPolicy,
     TenantLoad,
     choose_plan,
-    hope,
     plan_static,
     predict_ms,
     pressure,
 )
-from moe_gpu.slices.residuals import Residuals
 
 MIN_GAIN = 0.1  # of pressure: a plan by load that promises less than this is not worth a change
 MIN_PREDICTED_GAIN = 0.01  # of predicted time
+LEARNT = 0.3  # of what a measured time says about a correction
+MOST_CHANGE = 2.0  # of a correction by one measured time: one hiccup must not condemn a plan
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class AdvancedGPUSliceManager:
         self._rows: dict[int, tuple[float, float]] = {}  # rows and active experts a call, as last seen
         self._unassigned_share: float | None = None
         self._forecaster = LoadForecaster()
-        self._residuals = Residuals()
+        self._corrections: dict[str, float] = {}
         self._random = random.Random(seed)
         self.log: deque[Decision] = deque(maxlen=log_size)
         self.reallocations = self.evictions = 0
@@ -211,7 +212,6 @@ class AdvancedGPUSliceManager:
             plan = replace(plan_static(profile, self.setting), reason=why)
         self._adopt(plan, Decision(time.monotonic(), True, why, plan.rule, plan.sms))
         self._allocations = allocations
-        self._residuals = Residuals()  # what was measured was of other tenants
         self._utilization = {name: value for name, value in self._utilization.items() if name in allocations}
         self._rows = {name: value for name, value in self._rows.items() if name in allocations}
 
@@ -259,7 +259,7 @@ class AdvancedGPUSliceManager:
         if self.setting.backend == "device":
             choice = Choice(unsliced(self.device, "backend=device does not slice"))
         else:
-            choice = choose_plan(self.policy, profile, self.setting, self.plan, self.costs, self._residuals, draw)
+            choice = choose_plan(self.policy, profile, self.setting, self.plan, self.costs, self._corrections, draw)
         changed, reason = self._worth(choice, profile)
         decision = Decision(
             time.monotonic(),
@@ -304,11 +304,10 @@ class AdvancedGPUSliceManager:
         if choice.explored:
             return True, f"to {_shown(plan)}: {plan.reason}"
         if plan.predicted_ms is not None:
-            before = None if self.costs is None else predict_ms(now, profile, self.costs, self._residuals)
+            before = None if self.costs is None else predict_ms(now, profile, self.costs, self._corrections)
             if before is not None:
-                hopes = [hope(one, profile, self._residuals) for one in (plan, now)]
-                gain = 1 - plan.predicted_ms * hopes[0] / (before * hopes[1]) if before else 0.0
-                if gain <= (MIN_PREDICTED_GAIN if plan.sliced else 0.0):
+                gain = 1 - plan.predicted_ms / before if before else 0.0
+                if gain <= (MIN_PREDICTED_GAIN if plan.sliced else MIN_PREDICTED_GAIN - SLICING_GAIN):
                     return False, f"stays at {_shown(now)}: {_shown(plan)} would gain {gain:.1%}; {plan.reason}"
         elif self.policy is SliceAllocationPolicy.PROPORTIONAL:
             before, after = pressure(now, profile), pressure(plan, profile)
@@ -319,15 +318,15 @@ class AdvancedGPUSliceManager:
     def record_time(self, time_ms: float) -> None:
         """Report a call's measured milliseconds under the present plan and the load last observed.
 
-        ADAPTIVE takes it at once for the time of this plan under about this load, and corrects other predictions by it.
+        ADAPTIVE corrects its predictions by it: those of sliced plans together, and those of "not sliced".
         """
         if not time_ms > 0:
             raise SliceError(f"time_ms={time_ms} must be above 0")
-        profile = self.profile(forecast=False)
-        predicted = self.predict_ms(self.plan, profile)
+        predicted = self.predict_ms(self.plan, self.profile(forecast=False))
         if predicted:
-            work = [tenant.work for tenant in profile.tenants]
-            self._residuals = self._residuals.learn(self.plan, work, time_ms / predicted)
+            old = self._corrections.get(self.plan.kind)
+            change = min(max(time_ms / predicted / (old or 1.0), 1 / MOST_CHANGE), MOST_CHANGE)
+            self._corrections[self.plan.kind] = change if old is None else old * change**LEARNT
 
     def predict_ms(self, plan: SlicePlan, profile: LoadProfile) -> float | None:
         """Milliseconds of a call under a plan by the measured costs; None without them, or beyond them."""

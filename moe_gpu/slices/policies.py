@@ -8,18 +8,15 @@ measured costs; without one it does not slice.
 from __future__ import annotations
 
 import enum
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from moe_gpu.slices.costs import CostTable
 from moe_gpu.slices.device import DeviceDescription
 from moe_gpu.slices.plan import ExpertAllocation, SliceError, SlicePlan, plan_of, unsliced
-from moe_gpu.slices.residuals import NOISE, Residuals, Work
 
 BUSY, IDLE = 0.85, 0.5  # DYNAMIC: utilisation above which a tenant gains SMs, below which it gives some up
 SLICING_GAIN = 0.02  # ADAPTIVE: of predicted time that slicing must promise; what was not foreseen costs it more
-HOPE = 0.7  # ADAPTIVE: of a prediction's standard error beyond noise, taken off what was not tried under such a load
 EXPLORE = 0.02  # ADAPTIVE: share of decisions, at most, that try a candidate other than the best,
 EXPLORE_COST = 0.0005  # so rarely that each of them is expected to add this share of time
 
@@ -246,13 +243,14 @@ def plan_adaptive(
     setting: Setting,
     current: SlicePlan | None,
     costs: CostTable | None,
-    residuals: Residuals | None = None,
+    corrections: Mapping[str, float] | None = None,
     draw: float = 1.0,
 ) -> Choice:
     """The candidate with the least predicted time, "not sliced" being one of them.
 
-    residuals: what predictions erred by so far. draw: a random number in [0, 1); one below EXPLORE may take another
-    candidate instead. Without a table that covers the load nothing is sliced.
+    corrections: measured over predicted time of sliced plans, and of "not sliced", as seen so far. draw: a random
+    number in [0, 1); one below EXPLORE may take another candidate instead. Without a table that covers the load nothing
+    is sliced.
     """
     if costs is None:
         reason = "no costs are measured for this device: `moe-gpu slices bench` measures them on a GPU"
@@ -270,16 +268,14 @@ def plan_adaptive(
         plan_balanced(profile, setting, costs),
     ]
     candidates = {plan.rule: plan for plan in plans if plan is not None}
-    predicted = {name: predict_ms(plan, profile, costs, residuals) for name, plan in candidates.items()}
+    predicted = {name: predict_ms(plan, profile, costs, corrections) for name, plan in candidates.items()}
     known = {name: time_ms for name, time_ms in predicted.items() if time_ms is not None}
     if not known or "not sliced" not in known:
         reason = "the measured costs do not cover this load; measure larger sizes with `moe-gpu slices bench`"
         return Choice(unsliced(setting.device, reason), predicted)
     # The first of equals, so that "not sliced" wins a tie.
-    hopes = {name: hope(candidates[name], profile, residuals) for name in known}
-    margins = {name: 1.0 if candidates[name].sliced else 1 - SLICING_GAIN for name in known}
-    best = min(known, key=lambda name: known[name] * hopes[name] * margins[name])
-    tried = _explored({name: known[name] for name in known if name == best or hopes[name] < 1}, best, draw)
+    best = min(known, key=lambda name: known[name] * (1.0 if candidates[name].sliced else 1 - SLICING_GAIN))
+    tried = _explored(known, best, draw)
     shown = ", ".join(f"{other} {time_ms:.4g} ms" for other, time_ms in known.items())
     reason = f"{'tried, to learn: ' if tried else 'least predicted time: '}{shown}"
     plan = candidates[tried or best]
@@ -287,10 +283,7 @@ def plan_adaptive(
 
 
 def _explored(known: Mapping[str, float], best: str, draw: float) -> str | None:
-    """Which candidate a draw tries instead of the best, if any: the more it is expected to cost, the more rarely.
-
-    known: the best, and those of which a try would teach something.
-    """
+    """Which candidate a draw tries instead of the best, if any: the more it is expected to cost, the more rarely."""
     for name, time_ms in known.items():
         if name == best:
             continue
@@ -307,14 +300,14 @@ def choose_plan(
     setting: Setting,
     current: SlicePlan | None = None,
     costs: CostTable | None = None,
-    residuals: Residuals | None = None,
+    corrections: Mapping[str, float] | None = None,
     draw: float = 1.0,
 ) -> Choice:
     """What a policy chooses; pure. Without tenants nothing is sliced."""
     if not profile.tenants:
         return Choice(unsliced(setting.device, "nobody asks for a slice"))
     if policy is SliceAllocationPolicy.ADAPTIVE:
-        return plan_adaptive(profile, setting, current, costs, residuals, draw)
+        return plan_adaptive(profile, setting, current, costs, corrections, draw)
     if policy is SliceAllocationPolicy.STATIC:
         return Choice(plan_static(profile, setting))
     if policy is SliceAllocationPolicy.DYNAMIC:
@@ -323,40 +316,28 @@ def choose_plan(
 
 
 def predict_ms(
-    plan: SlicePlan, profile: LoadProfile, costs: CostTable, residuals: Residuals | None = None
+    plan: SlicePlan, profile: LoadProfile, costs: CostTable, corrections: Mapping[str, float] | None = None
 ) -> float | None:
     """Milliseconds of a call under a plan, by measured costs; None where they do not cover it.
 
     The expectation over the forecast and, as often as the load shifts, the same load in other places: a plan that is
     good for this load alone is paid for at the next shift.
     """
-    time_ms = _time_ms(plan, [tenant.work for tenant in profile.tenants], costs, residuals)
+    time_ms = _time_ms(plan, [tenant.work for tenant in profile.tenants], costs)
     if time_ms is None:
         return None
     if profile.shift_share and len(profile.tenants) > 1:
-        shifted = [_time_ms(plan, works, costs, residuals) for works in profile.shifted_works()]
+        shifted = [_time_ms(plan, works, costs) for works in profile.shifted_works()]
         shifted_ms = [time_ms if value is None else value for value in shifted]
         time_ms += profile.shift_share * (sum(shifted_ms) / len(shifted_ms) - time_ms)
-    return time_ms
+    return time_ms * (corrections or {}).get(plan.kind, 1.0)
 
 
-def _time_ms(plan: SlicePlan, work: Work, costs: CostTable, residuals: Residuals | None) -> float | None:
-    if plan.sliced:
-        time_ms = costs.sliced_ms([(*item, sms) for item, sms in zip(work, plan.sms, strict=True)])
-    else:
+def _time_ms(plan: SlicePlan, work: Sequence[tuple[float, float]], costs: CostTable) -> float | None:
+    if not plan.sliced:
         experts, rows = (sum(column) for column in zip(*work, strict=True))
-        time_ms = costs.time_ms(experts, rows, plan.num_sms)
-    return time_ms if time_ms is None or residuals is None else time_ms * math.exp(residuals.expect(plan, work)[0])
-
-
-def hope(plan: SlicePlan, profile: LoadProfile, residuals: Residuals | None) -> float:
-    """What a plan's predicted time is multiplied by in comparisons, so that one that may be better is tried, once.
-
-    Below 1 as far as the prediction may err by more than noise. One try costs a step; a wrong prediction that nobody
-    checks costs until the load shifts.
-    """
-    _, error = (residuals or Residuals()).expect(plan, [tenant.work for tenant in profile.tenants])
-    return 1 - HOPE * max(0.0, error - NOISE)
+        return costs.time_ms(experts, rows, plan.num_sms)
+    return costs.sliced_ms([(*item, sms) for item, sms in zip(work, plan.sms, strict=True)])
 
 
 def pressure(plan: SlicePlan, profile: LoadProfile) -> float | None:
