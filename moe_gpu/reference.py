@@ -263,16 +263,20 @@ def sort_routes_reference(
     # Not torch.bincount, whose output has a size that depends on the data: no graph could hold it.
     demand = bins.new_zeros(num_experts + 1).scatter_add_(0, bins, torch.ones_like(bins))
     order = torch.sort(bins, stable=True).indices
-    first = demand.cumsum(0) - demand
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(order.numel(), device=device) - first[bins[order]]
-    limit = order.numel() if capacity is None else capacity
-    kept_route = (bins < num_experts) & (rank < limit)
-    counts = demand[:-1].clamp(max=limit)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(order.numel(), device=device)
+    ends = demand.cumsum(0)
+    if capacity is None:  # the sorted routes are the rows, those of no expert last
+        offsets = F.pad(ends[:-1], (1, 0))
+        row_of_route = torch.where(bins < num_experts, place, INVALID).view(num_tokens, top_k)
+        return demand.int(), offsets.int(), order.int(), row_of_route.int()
+    rank = place - (ends - demand)[bins]
+    kept_route = (bins < num_experts) & (rank < capacity)
+    counts = demand[:-1].clamp(max=capacity)
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     overflow = torch.cat([demand[:-1] - counts, demand[-1:]])
     overflow_first = offsets[-1] + overflow.cumsum(0) - overflow
-    limit_of = torch.where(bins < num_experts, limit, 0)
+    limit_of = torch.where(bins < num_experts, capacity, 0)
     row = torch.where(kept_route, offsets[bins] + rank, overflow_first[bins] + rank - limit_of)
     row_route = torch.empty_like(order)
     row_route[row] = torch.arange(order.numel(), device=device)
@@ -361,7 +365,8 @@ def experts_reference(
 ) -> torch.Tensor:
     """The whole expert part: permute, up, activation, (mid, activation,) down, combine; (T, O).
 
-    grouped_gemm: stands for `grouped_gemm_reference` where a graph is traced, which cannot hold a loop over experts.
+    grouped_gemm: multiplies the rows of all experts at once, as `grouped_gemm_reference` does; without it one expert
+    after another is computed.
     """
     rows = x_TH.index_select(0, routing.row_token_R)  # those past the last offset are not read
     offsets = routing.offsets_P

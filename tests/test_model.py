@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from moe_gpu.model import _ANNOUNCED, AdvancedMoELayer, SliceAllocationPolicy, s
 from moe_gpu.moe_layer import Expert, MoELayer
 from moe_gpu.profiler import ExpertProfiler
 from moe_gpu.slices.plan import GPUSlice
+from moe_gpu.triton_kernels import ops
 from moe_gpu.triton_kernels.ops import TritonExpertOps
 from tests.operator_cases import check_fullgraph
 
@@ -322,6 +324,37 @@ def test_counts_travel_to_the_host_on_request():
     assert copy.ready()
     assert torch.equal(copy.result(), stats.counts_E)
     assert copy.result().sum() == 20
+
+
+@pytest.mark.parametrize("skewed", [False, True])
+def test_all_experts_at_once_on_a_cpu_have_the_bits_of_one_after_another(skewed, monkeypatch):
+    calls = mock.Mock(side_effect=ops._grouped_mm)
+    monkeypatch.setattr(ops, "_grouped_mm", calls)
+    layer = AdvancedMoELayer(64, 48, 32, 6, 2, use_cuda_graphs=False)
+    logits = torch.randn(40, 6)
+    logits[:, :2] += 50 * skewed  # then four experts are empty
+    results = []
+    for most in (1 << 20, 0):
+        monkeypatch.setattr(ops, "_MOST_AT_ONCE", most)
+        x = torch.linspace(-1, 1, 40 * 64).view(40, 64).requires_grad_()
+        out = layer(x, logits)[0]
+        results.append([out, *torch.autograd.grad(out.square().sum(), [x, layer.gate_up_proj, layer.down_proj])])
+    assert calls.call_count == 2
+    for at_once, in_turn in zip(*results, strict=True):
+        assert torch.equal(at_once, in_turn)
+
+
+@pytest.mark.parametrize("changes", [{"bias": True}, {"hidden_dim": 40}, {"capacity_factor": 0.5}, {"nan": True}])
+def test_experts_are_computed_in_turn_where_bits_or_dropped_rows_ask_for_it(changes, monkeypatch):
+    monkeypatch.setattr(ops, "_grouped_mm", mock.Mock(side_effect=AssertionError("not here")))
+    monkeypatch.setattr(ops, "_has_grouped_mm", lambda: True)
+    nan = changes.get("nan", False)
+    given = {"hidden_dim": 32, **{name: value for name, value in changes.items() if name != "nan"}}
+    layer = AdvancedMoELayer(64, 48, num_experts=6, top_k=2, use_cuda_graphs=False, **given)
+    logits = torch.randn(40, 6)
+    logits[:, 0] = 50  # more than its capacity
+    logits[3] = float("nan") if nan else logits[3]
+    assert layer(torch.randn(40, 64), logits)[0].isfinite().all()
 
 
 def test_wild_ids_are_dropped_whatever_their_width():

@@ -153,7 +153,9 @@ class TritonExpertOps:
         if isinstance(weights, QuantisedExperts):
             return self._quantised_experts(x_TH, routing, weights, activation, fused)
         if not self._by_triton(x_TH):
-            return reference.experts_reference(x_TH, routing, weights, activation, _traced_gemm())
+            return reference.experts_reference(
+                x_TH, routing, weights, activation, _gemm_at_once(x_TH, routing, weights)
+            )
         w = weights
         leaves = (x_TH, routing.topk_weights_TK, *w.tensors())
         save = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in leaves)
@@ -321,6 +323,41 @@ class TritonExpertOps:
 def _traced_gemm() -> Callable[..., torch.Tensor] | None:
     """While a graph is traced, the operator that stands for the reference's grouped product."""
     return torch.ops.moe_gpu.grouped_gemm_reference if torch.compiler.is_compiling() else None
+
+
+_MOST_AT_ONCE = 1 << 20  # pre-activations on a CPU; with more, one expert after another stays in the caches
+
+
+def _gemm_at_once(x_TH: torch.Tensor, routing: Routing, weights: ExpertWeights) -> Callable[..., torch.Tensor] | None:
+    """What multiplies all experts' rows in one call without Triton; None: one expert after another.
+
+    On a CPU it is torch's grouped_mm where a call for each expert would cost more than it computes. Only where that
+    gives the same bits: without biases, every row on 64 bytes, and no dropped routes, whose rows it would not write.
+    """
+    traced = _traced_gemm()
+    if traced is not None or x_TH.device.type != "cpu" or x_TH.dtype != torch.float32 or not _has_grouped_mm():
+        return traced
+    rows, width = routing.row_route_R.shape[0], weights.up_EGH.shape[1]
+    stacks = [stack for stack in (weights.up_EGH, weights.mid_EII, weights.down_EOI) if stack is not None]
+    biased = any(bias is not None for bias in (weights.up_bias_EG, weights.mid_bias_EI, weights.down_bias_EO))
+    aligned = all(w.is_contiguous() and w.shape[2] % 16 == 0 and w.data_ptr() % 64 == 0 for w in stacks)
+    if biased or not aligned or rows * width > _MOST_AT_ONCE or int(routing.offsets_P[-1]) < rows:
+        return None
+    return _grouped_mm
+
+
+def _grouped_mm(a_RK: torch.Tensor, w_ENK: torch.Tensor, offsets_P: torch.Tensor, _bias: None) -> torch.Tensor:
+    return torch.nn.functional.grouped_mm(a_RK, w_ENK.transpose(1, 2), offs=offsets_P[1:])
+
+
+@functools.cache
+def _has_grouped_mm() -> bool:
+    """Whether this PyTorch multiplies groups of float32 on a CPU."""
+    try:
+        _grouped_mm(torch.ones(1, 16), torch.ones(1, 16, 16), torch.tensor([0, 1], dtype=torch.int32), None)
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return False
+    return True
 
 
 def check_quantised(name: str, stack: QuantisedStack) -> None:
