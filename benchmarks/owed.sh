@@ -4,15 +4,9 @@
 # tests      every GPU test, eight at a time with pytest-xdist (3.5 minutes on 16 cores); first: nothing is timed on red tests
 # alone      the GPU tests that look at the whole GPU's energy, memory and SMs, with nothing beside them
 # decode     routing; skewed routing in graphs beside vLLM and triton_kernels, if installed; repeats bit for bit
-# fp8        experts with FP8 weights beside the same in bf16, in graphs: by the rules, and by each way there is
 # experts    training shapes beside SonicMoE, if installed (it compiles for minutes), and bmm; peak memory; SM budgets
 # layer      the whole layer beside its peers, eager launches among them
-# models     a transformers model beside grouped_mm and batched_mm, with graphs, and with half its experts resident
-# cache      the expert cache beside on-demand copies, LRU and resident weights
-# adaptive   every slice policy over a load that shifts, by costs measured first
-# rows       load-aware tiles beside every single tile, the Gluon kernels and torch._grouped_mm
-# graphs     replays of a layer beside eager calls, a shared expert beside routed ones, experts divided among slices
-# ablation   what each part of the layer brings, and 4 to 256 experts
+# models     a transformers model decoding, beside grouped_mm and batched_mm, with graphs, and with half its experts resident
 # training   tokens/s, MFU, memory, bitwise resume
 # top        what publishing for `moe-gpu top` costs a job
 set -euo pipefail
@@ -30,15 +24,9 @@ tests)
     ;;
 alone) $python -m pytest -q $alone 2>&1 | tee "$folder/alone.log" ;;
 decode) $python benchmarks/run_hopper.py "$folder/h200_decode.jsonl" --table routing --table precision --table skew --table decode ;;
-fp8) $python benchmarks/run_hopper.py "$folder/h200_fp8.jsonl" --table fp8 ;;
 experts) $python benchmarks/run_hopper.py "$folder/h200_experts.jsonl" --table training --table budget ;;
 layer) $python benchmarks/run_h200.py "$folder/h200_layer.jsonl" ;;
-models) $python benchmarks/run_huggingface.py "$folder/h200_models.jsonl" ;;
-cache) $python benchmarks/run_expert_cache.py "$folder/h200_expert_cache.jsonl" ;;
-adaptive) $python benchmarks/run_slices.py "$folder/h200_adaptive.jsonl" --table cost --table adaptive ;;
-rows) $python benchmarks/run_tiles.py "$folder/h200_load_aware.jsonl" ;;
-graphs) $python benchmarks/run_graphs.py "$folder/h200_graphs.jsonl" ;;
-ablation) $python -m moe_gpu bench --ablation --output-dir "$folder/h200_ablation" ;;
+models) $python benchmarks/run_huggingface.py "$folder/h200_models.jsonl" --section decode --section "decode, compiled" ;;
 training) $python benchmarks/run_training.py "$folder/h200_training.jsonl" ;;
 top) $python benchmarks/run_top_cost.py "$folder/h200_top_cost.jsonl" ;;
 *) echo "owed.sh: error: no step '$2'; see the head of this file" >&2; exit 2 ;;

@@ -45,9 +45,12 @@ def measure(preset: str, layers: int, tokens: int, pairs: int, seconds: float, i
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     config = PRESETS[preset]
     profiler = ExpertProfiler(config.num_experts, layers)
-    model = torch.nn.ModuleList(
-        AdvancedMoELayer.from_config(config, profiler=profiler, layer_index=index) for index in range(layers)
-    ).to(device, dtype)
+    with device:  # initialising on the host would take longer than the measurement
+        layers_of = [
+            AdvancedMoELayer.from_config(config, profiler=profiler, layer_index=index).to(dtype)
+            for index in range(layers)
+        ]
+    model = torch.nn.ModuleList(layers_of)
     model.eval()  # as served: calls are replayed as graphs
     x = torch.randn(tokens, config.input_dim, device=device, dtype=dtype)
     steps_per_s(model, x, seconds)  # compile, tune and warm up
