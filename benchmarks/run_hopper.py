@@ -5,14 +5,15 @@ L2: `training` (forward and forward+backward, peak memory; beside them `bmm`, th
 groups as cuBLAS batched products, without gather, activation or combine), `decode` and `skew` (CUDA graphs that rotate
 copies of the weights, beside vLLM's experts and OpenAI's triton_kernels; skew's largest sizes eager and ours alone),
 `fp8` (weights in FP8 beside the same in bf16, in such graphs: by the rules, and by each way there is), `budget` (the
-same products on fewer SMs), `precision` (are repeats equal bit for bit) and `routing` (what choosing and sorting take,
-and their share of the whole). `--table` runs some only.
+same on fewer SMs, each for a second by itself, with the clock meanwhile), `precision` (are repeats equal bit for bit)
+and `routing` (what choosing and sorting take, and their share of the whole). `--table` runs some only.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -72,6 +73,9 @@ PRECISION = ((1, "forward"), (64, "forward"), (1024, "forward"), (16384, "forwar
 ROUTING_SIZES = (1, 8, 64, 256, 1024, 4096, 16384)
 ROUTING_CALLS = 20  # in one graph: a single call is no longer than what starts a graph
 ROUTING_GOAL = 0.05  # share of the whole, from 4096 tokens on
+BUDGETS = (132, 100, 66, 32)
+SUSTAINED_S, SUSTAINED_CALLS = 1.0, 8
+BUDGET_GOAL = 0.1  # that the rate may be off proportional by
 COPY_BYTES = 400 << 20  # weights that together leave nothing of each other in the L2
 GRAPH_BUDGET_S = 0.12
 
@@ -347,14 +351,54 @@ def precision(recorder: Recorder, ops: TritonExpertOps) -> None:
         )
 
 
+def sustained(run: Callable[[], torch.Tensor], uuid: str) -> dict[str, Any]:
+    """A call's milliseconds while it runs over and over, and what clock and power the GPU settles at."""
+    samples, clocks = [], []
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    until = time.monotonic() + SUSTAINED_S
+    while time.monotonic() < until or len(samples) < 2:
+        begin.record()
+        for _ in range(SUSTAINED_CALLS):
+            run()
+        end.record()
+        clocks.append(nvml.sm_clock_mhz(uuid))  # the GPU is still at work
+        end.synchronize()
+        samples.append(begin.elapsed_time(end) / SUSTAINED_CALLS)
+    settled = len(samples) // 2  # the first half brings power and clock there
+    known = [clock for clock in clocks[settled:] if clock is not None]
+    clock = statistics.median(known) if known else None
+    return dict(describe_samples(samples[settled:]), sm_clock_mhz=clock, power_w=nvml.power_w(uuid))
+
+
+@torch.no_grad()
 def budget(recorder: Recorder, _: TritonExpertOps) -> None:
+    """Not in turn: each budget runs at a clock of its own, since more SMs meet the power limit, so it is recorded."""
+    uuid = f"GPU-{torch.cuda.get_device_properties(recorder.device).uuid}"
     for num_tokens in (4096, 16384):
         p = Problem(PRESETS[QWEN], num_tokens, "uniform")
-        builds = {}
-        for sms in (132, 100, 66, 32):
+        case = Case(QWEN, p.config, num_tokens, torch.bfloat16, p.routing, "forward", "eager")
+        rates: dict[int, float] = {}
+        for sms in BUDGETS:
             ops = TritonExpertOps("cuda", sm_budget=sms)
-            builds[f"moe_gpu {sms} SMs"] = lambda ops=ops, p=p: pass_job(p, lambda: run_ours(p, ops), "forward")
-        recorder.record(QWEN, p, "forward", "eager", builds)
+            errors = p.check(run_ours(p, ops))
+            found = sustained(functools.partial(run_ours, p, ops), uuid)
+            row = case.row(f"moe_gpu {sms} SMs", scope="experts, sustained", status="ok", **errors, **found)
+            recorder.rows.append(row)
+            clock = found["sm_clock_mhz"]
+            print(f"{case!s:72} {row.provider:20} {row.p50_ms:9.4f} ms at {clock} MHz, {row.power_w} W", flush=True)
+            if clock is not None:
+                rates[sms] = 1 / (found["p50_ms"] * sms * clock)
+            share = rates[sms] / rates[BUDGETS[0]] if {sms, BUDGETS[0]} <= set(rates) else None
+            recorder.note(
+                Finding(
+                    name=f"{QWEN} T={num_tokens}: rate per SM and clock on {sms} SMs",
+                    value=share,
+                    unit=f"of that on {BUDGETS[0]}",
+                    verdict=None if share is None else "met" if abs(share - 1) <= BUDGET_GOAL else "missed",
+                    how=f"experts alone in bf16, forward, {SUSTAINED_S:g} s of calls, the second half timed",
+                    reason="the driver tells no clock" if share is None else None,
+                )
+            )
 
 
 def require_sorted(p: Problem, ops: TritonExpertOps) -> None:

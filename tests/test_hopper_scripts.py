@@ -301,3 +301,28 @@ def test_routing_is_timed_beside_the_whole_and_only_if_it_sorts_right(scripts, r
     assert [(one.value, one.reason) for one in wrong] == [
         (None, "RuntimeError: the routes are not sorted as by the reference")
     ] * 2
+
+
+def test_budgets_are_set_against_the_clock_that_each_ran_at(scripts, recorder, monkeypatch):
+    run = scripts.run
+    clocks = dict(zip(run.BUDGETS, (1200, 1500, 1980, None), strict=True))
+    times = dict(zip(run.BUDGETS, (1.0, 1.0, 1.5, 3.0), strict=True))
+    served = []
+    monkeypatch.setattr(run, "TritonExpertOps", lambda device, sm_budget: served.append(sm_budget) or ops_of(scripts))
+    monkeypatch.setattr(
+        run,
+        "sustained",
+        lambda call, uuid: {"p50_ms": times[served[-1]], "sm_clock_mhz": clocks[served[-1]], "power_w": None},
+    )
+    run.budget(recorder, None)
+    rows = read_rows(recorder.path)
+    assert [row.p50_ms for row in select(rows, BenchmarkRow)] == [*times.values()] * 2
+    found = select(rows, Finding)[: len(run.BUDGETS)]
+    expected = [1.0, 132 * 1200 / (100 * 1500), 132 * 1200 / (1.5 * 66 * 1980), None]
+    assert [one.value for one in found] == [None if value is None else pytest.approx(value) for value in expected]
+    assert [one.verdict for one in found] == ["met", "met", "missed", None]
+    assert found[-1].reason == "the driver tells no clock"
+
+
+def ops_of(scripts):
+    return TritonExpertOps("cpu")
