@@ -359,7 +359,7 @@ class AdvancedMoELayer(MoEBase):
                 self.profiler.poll_if_due()
         if self._energy is not None and not traced:
             self._energy.note(x_TH.shape[0])
-        return out_TO.view(*x.shape[:-1], self.config.expert_dim), stats
+        return (out_TO if x.dim() == 2 else out_TO.view(*x.shape[:-1], self.config.expert_dim)), stats
 
     def _compute(
         self, x_TH: torch.Tensor, router_logits_TE: torch.Tensor | None = None

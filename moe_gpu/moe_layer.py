@@ -171,11 +171,11 @@ class MoEBase(nn.Module):
     def _flatten(self, x: torch.Tensor) -> torch.Tensor:
         if x.dim() < 2 or x.shape[-1] != self.config.input_dim:
             raise ValueError(f"x has shape {tuple(x.shape)}; expected (..., input_dim={self.config.input_dim})")
-        if not torch.is_autocast_enabled(x.device.type) and x.dtype != self.gate_up_proj.dtype:
+        if x.dtype != self.gate_up_proj.dtype and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(
                 f"x is {x.dtype} and the layer is {self.gate_up_proj.dtype}; convert one, or run under autocast"
             )
-        return x.reshape(-1, self.config.input_dim)
+        return x if x.dim() == 2 else x.reshape(-1, self.config.input_dim)
 
     def _logits(self, x_TH: torch.Tensor, given_TE: torch.Tensor | None) -> torch.Tensor:
         if given_TE is None:

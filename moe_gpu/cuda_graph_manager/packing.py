@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
@@ -16,10 +15,11 @@ ALIGNMENT = 16  # bytes: for pointers aligned less, kernels are compiled anew
 
 @dataclass(frozen=True)
 class _Piece:
-    """Stands for a tensor of the results: `shape` and `dtype` at a byte of the buffer, or one of the others."""
+    """Stands for a tensor of the results: it begins `at` so many of its own elements, or is one of the others."""
 
     at: int
     shape: tuple[int, ...] = ()
+    strides: tuple[int, ...] = ()
     dtype: torch.dtype | None = None
 
 
@@ -61,7 +61,7 @@ def pack(output: Any) -> Packed:
         if not several or not _packable(tensor):
             others.append(tensor)
             return _Piece(len(others) - 1)
-        piece = _Piece(size, tuple(tensor.shape), tensor.dtype)
+        piece = _Piece(size // tensor.itemsize, tuple(tensor.shape), tensor.stride(), tensor.dtype)
         parts.append(tensor.reshape(-1).view(torch.uint8))
         size += tensor.nbytes
         filling = -size % ALIGNMENT
@@ -84,8 +84,7 @@ def _restore(template: Any, flat: torch.Tensor | None, others: tuple[torch.Tenso
         if piece.dtype is None:
             return others[piece.at]
         assert flat is not None
-        part = flat[piece.at : piece.at + prod(piece.shape) * piece.dtype.itemsize]
-        return part.view(piece.dtype).view(piece.shape)
+        return flat.view(piece.dtype).as_strided(piece.shape, piece.strides, piece.at)
 
     def restored(value: Any) -> Any:
         return map_leaves(value, _Piece, tensor)
