@@ -13,15 +13,16 @@ CACHE_POLICIES = ("auto", "lru", "lfu", "ewma", "static", "on-demand", "optimal"
 app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
-    no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     help="Experts beyond device memory.",
 )
 
 
-@app.callback()
-def _top() -> None:
+@app.callback(invoke_without_command=True)
+def _top(context: typer.Context) -> None:
     """Experts beyond device memory."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @app.command()

@@ -156,7 +156,10 @@ def bench(
         return
     if sm_budget is not None:
         raise typer.BadParameter(f"--sm-budget {sm_budget} needs --explain; leave one out or give both")
-    device = None if device is None else DEVICES(device)
+    try:
+        device = None if device is None else DEVICES(device)
+    except typer.BadParameter as error:
+        raise typer.BadParameter(error.message, param_hint="'--device'") from None
     with interruptible("no results were written"), stdout_for_json(as_json):
         rows = run_bench(
             output_dir,
@@ -387,6 +390,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("MOE_GPU_TRACEBACK") == "1":
             raise
+        if isinstance(error, OSError) and error.filename and error.strerror:
+            return _fail(f"{error.filename}: {error.strerror}")
         return _fail(str(error))
     except RuntimeError as error:
         from moe_gpu.nvml import NvmlUnavailableError

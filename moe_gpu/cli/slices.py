@@ -30,14 +30,17 @@ def _top(context: typer.Context) -> None:
         print(context.get_help())
 
 
+_MOST = 1e15  # a sum of such numbers keeps its precision
+
+
 def number_from_0(value: Any) -> float:
-    """A parser of numbers of at least 0."""
+    """A parser of numbers from 0 to _MOST."""
     try:
         number = float(value)
     except ValueError:
         raise typer.BadParameter(f"{value!r} is not a number; give one of at least 0") from None
-    if not 0 <= number < float("inf"):
-        raise typer.BadParameter(f"{value} is not a finite number of at least 0; give one")
+    if not 0 <= number <= _MOST:
+        raise typer.BadParameter(f"{value} is not a number of at least 0 and at most {_MOST:g}; give one")
     return number
 
 
