@@ -28,6 +28,7 @@ from moe_gpu.plots.data import (
     short_tokens,
     side_by_side,
     split_runs,
+    tabulate_ablation,
     times,
     training_runs,
     values,
@@ -88,7 +89,7 @@ def throughput(benchmarks: Table, classes: Mapping[str, str]) -> str:
         chart = line_chart(curves, "tokens", x_text=lambda x: short_tokens(int(x)), x_ticks=asked, title=title)
         charts.append(f"<figure>{figcaption}{chart}</figure>")
     legend = "".join(_key(series, classes, marks) for series in sorted(drawn))
-    note = "Tokens a second of one layer, over tokens in a call; log axes; bars from the 20th to the 80th percentile."
+    note = "Tokens a second, over tokens in a call; log axes; bars from the 20th to the 80th percentile."
     return f'<p class="note">{note}</p><ul class="legend">{legend}</ul><div class="charts">{"".join(charts)}</div>'
 
 
@@ -311,7 +312,7 @@ def missing(rows: Sequence[Row], benchmarks: Table) -> str:
     """What has no number, and why: providers by reason, then whole kinds of row."""
     lines = [
         row([Cell(gap.provider), Cell(gap.status), Cell(gap.reason, look="wide"), Cell(gap.where, look="wide")])
-        for gap in gaps(benchmarks)
+        for gap in [*gaps(benchmarks), *gaps(tabulate_ablation(rows))]
     ]
     benchmark = select(rows, BenchmarkRow)
     said = []
@@ -379,7 +380,7 @@ def figures(pictures: Iterable[tuple[str, bytes]]) -> str:
 
 def _place(facet: Facet) -> list[Cell]:
     """The cells that say where: model with its sizes on hover, pass, routing and data type."""
-    model = facet.model if facet.scope == "layer" else f"{facet.model} ({facet.scope} only)"
+    model = f"{facet.model} ({facet.part})" if facet.part else facet.model
     return [Cell(model, f"{facet.shape}\n{facet.device}"), Cell(facet.mode), Cell(facet.routing), Cell(facet.dtype)]
 
 
