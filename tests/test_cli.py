@@ -371,6 +371,25 @@ def test_a_reader_that_leaves_early_is_no_error():
     assert done.stderr == b""
 
 
+def test_a_reader_that_leaves_before_the_output_is_no_failure():
+    """The status too: click's own is 1. A pipe without a reader stands for `head` that has gone."""
+    code = (
+        "import os, sys; from moe_gpu.cli import main; read, write = os.pipe(); os.close(read); os.dup2(write, 1);"
+        "sys.stdout = open(1, 'w', buffering=1, closefd=False); sys.exit(main(['completion', 'bash']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_ctrl_c_in_a_command_that_keeps_nothing_is_a_line_too(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moe_gpu.doctor.diagnose", interrupted)
+    assert main(["doctor"]) == 130
+    assert capsys.readouterr().err == "moe-gpu: interrupted\n"
+
+
 def shell_lines(document: str) -> list[str]:
     """Every `moe-gpu ...` and `make ...` of a document, in blocks and in running text."""
     text = (ROOT / document).read_text()

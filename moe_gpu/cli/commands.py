@@ -28,6 +28,7 @@ from moe_gpu.cli.options import (
     Data,
     Device,
     Experts,
+    Interrupted,
     Json,
     OutputDir,
     Publish,
@@ -383,7 +384,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _USAGE_ERROR as error:
         command = error.ctx.command_path if error.ctx else "moe-gpu"
         return _fail(f"{error.format_message()} (see `{command} --help`)")
-    except BrokenPipeError:
+    except Interrupted as stop:
+        return _interrupted(str(stop))
+    except SystemExit as stop:
+        if not isinstance(stop.__context__, BrokenPipeError):
+            raise
         # The reader, such as `head`, has seen enough; nothing may be written when Python closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -405,7 +410,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not isinstance(error, MissingExtraError):
             raise
         return _fail(str(error), status=1)
-    return status or 0
+    return _interrupted("interrupted") if status == 130 else status or 0
+
+
+def _interrupted(what: str) -> int:
+    print(f"moe-gpu: {what}", file=sys.stderr)
+    return 130
 
 
 def _fail(message: str, status: int = 2) -> int:

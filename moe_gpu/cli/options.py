@@ -112,14 +112,17 @@ def print_rows(rows: Sequence[Row]) -> None:
         print(to_json(row))
 
 
+class Interrupted(Exception):
+    """Ctrl-C ended a command; the text says what is kept."""
+
+
 @contextmanager
 def interruptible(kept: str) -> Iterator[None]:
-    """Ctrl-C ends the command with status 130 and one line: what the library kept, or else `kept`."""
+    """Ctrl-C raises Interrupted with one line: what the library kept, or else `kept`."""
     try:
         yield
     except KeyboardInterrupt as stop:
-        print(f"moe-gpu: {str(stop) or f'interrupted; {kept}'}", file=sys.stderr)
-        raise typer.Exit(130) from None
+        raise Interrupted(str(stop) or f"interrupted; {kept}") from None
 
 
 @contextmanager
