@@ -385,3 +385,13 @@ def test_headlines_keep_layers_and_models_apart(report):
     assert "forward, 4 decoder layers: speed over torch_loop" in summary
     assert "8.00x" in summary
     assert "geometric mean" not in summary
+
+
+def test_a_long_reason_makes_no_row_tall_and_stands_in_full_below(report):
+    reason = "out of memory: " + "tried to allocate " * 40
+    text = report([GPU, benchmark_row("torch_loop", 8, 2.0), missing("moe_gpu", reason, "failed", num_tokens=8)])
+    _, line = Document(text).table("Provider")
+    assert line["Reason"][0].endswith("…")
+    assert len(line["Reason"][0]) <= 160
+    assert reason in section_of(text, "missing")
+    assert f'title="{reason}"' in section_of(text, "results")

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from html import escape
 
+from moe_gpu.plots.canvas import shorten
 from moe_gpu.plots.data import (
     BASELINE,
     COLD,
@@ -139,7 +140,7 @@ def results(benchmarks: Table) -> str:
                     number(memory, None if memory is None else f"{memory / 2**20:.1f}"),
                     number(one.energy_j_per_token, tip="joules a token"),
                     number(one.max_error, error, allowed),
-                    Cell("" if ok else one.reason or "no reason recorded", look="wide"),
+                    _why("" if ok else one.reason or "no reason recorded"),
                 ]
                 rows.append(row(cells, "gap" if not ok else "ours" if series.provider == OURS else ""))
     if not rows:
@@ -376,6 +377,12 @@ def figures(pictures: Iterable[tuple[str, bytes]]) -> str:
         source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
         parts.append(f'<details><summary>{escape(name)}</summary><img alt="{escape(name)}" src="{source}"></details>')
     return "".join(parts)
+
+
+def _why(reason: str) -> Cell:
+    """A reason beside numbers: a long one in full on hover, and in the list of what was not measured."""
+    text = shorten(reason, 160)
+    return Cell(text, reason if text != reason else None, look="wide")
 
 
 def _place(facet: Facet) -> list[Cell]:
