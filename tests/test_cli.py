@@ -214,6 +214,12 @@ def test_every_command_has_help_and_json(command, capsys):
     assert ("--output-dir" in shown) == (command not in alone), "these leave one file or none"
 
 
+@pytest.mark.parametrize("arguments", [[], ["slices"], ["energy"], ["cache"]])
+def test_a_list_of_commands_cuts_no_sentence(arguments, capsys):
+    assert main([*arguments, "--help"]) == 0
+    assert "..." not in capsys.readouterr().out.split("Commands:")[1]
+
+
 @pytest.mark.parametrize("group", GROUPS)
 def test_a_group_of_commands_lists_them(group, capsys):
     for arguments in ([group], [group, "--help"]):

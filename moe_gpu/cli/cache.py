@@ -14,7 +14,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-    help="Experts beyond device memory.",
+    help="Experts beyond device memory: simulate the policies.",
 )
 
 
@@ -38,7 +38,10 @@ def simulate(
     prefetch: Annotated[bool, typer.Option("--prefetch/--no-prefetch", help="Load what probably comes next.")] = True,
     as_json: Json = False,
 ) -> None:
-    """Replay a trace through every policy: hit rates and copies, without weights or a GPU."""
+    """Replay a trace through every policy: hit rates and copies.
+
+    Needs no weights and no GPU.
+    """
     from moe_gpu.console import progress_bar
     from moe_gpu.expert_cache.simulate import run_simulation
 

@@ -53,7 +53,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 
-app.add_typer(slices.app, name="slices", help="Divide a GPU by measured load: plan, show, simulate, MIG, bench.")
+app.add_typer(slices.app, name="slices", help="Divide a GPU by measured load: plan, simulate, MIG, bench.")
 app.add_typer(energy_commands.app, name="energy")
 app.add_typer(cache.app, name="cache")
 
@@ -265,7 +265,7 @@ def generate(
 
 @app.command()
 def report(
-    results: Annotated[list[Path], typer.Argument(metavar="RESULTS.jsonl...", help="Results files.")],
+    results: Annotated[list[Path], typer.Argument(metavar="RESULTS.jsonl", help="Results files.")],
     output_dir: OutputDir = Path("moe-gpu-output"),
     as_json: Json = False,
 ) -> None:
@@ -282,7 +282,7 @@ def report(
 def profile(
     trace: Annotated[
         Path | None,
-        typer.Argument(metavar="[TRACE]", help="A routing trace; without it a short training run on this machine."),
+        typer.Argument(metavar="TRACE", help="A routing trace; without it a short training run on this machine."),
     ] = None,
     tokens: Annotated[int, count("--tokens", "Tokens a call, into which a trace is cut.")] = 256,
     steps: Annotated[int, count("--steps", "Training steps of the live run.")] = 20,
