@@ -9,8 +9,15 @@ from pathlib import Path
 
 
 def write_atomically(path: str | Path, content: bytes) -> None:
-    """Replace `path` with `content`, or leave it untouched if anything fails."""
+    """Replace `path` with `content`, or leave it untouched if anything fails; an OSError names `path`."""
     path = Path(path)
+    try:
+        _replace(path, content)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _replace(path: Path, content: bytes) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:

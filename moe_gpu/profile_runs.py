@@ -16,7 +16,7 @@ from moe_gpu.extras import MissingExtraError
 from moe_gpu.files import writable_directory
 from moe_gpu.machine import describe_machine
 from moe_gpu.plots import FIGURES, require_matplotlib
-from moe_gpu.profiler import ExpertProfiler, ExpertSnapshot, RoutingTrace
+from moe_gpu.profiler import PADDING_TILES, ExpertProfiler, ExpertSnapshot, RoutingTrace
 from moe_gpu.results import ExpertLoadRow, Row, write_rows
 from moe_gpu.runs import training_config
 from moe_gpu.training import TrainConfig
@@ -46,8 +46,11 @@ def run_profile(
     time, by default the most uneven. Writes `expert_load.jsonl` and, with matplotlib, the heatmap as PNG.
     Raises ValueError for a trace, a layer or a folder that will not do, before anything is written.
     """
+    if tile not in PADDING_TILES:
+        raise ValueError(f"tile={tile} is not one of {', '.join(map(str, PADDING_TILES))}, the heights counted")
     if trace is not None:
         loaded = RoutingTrace.load(trace)
+        directory = _checked(output_dir, layer, loaded.num_layers, f"trace of {loaded.source}")
         snapshots = [loaded.snapshot(tokens, number) for number in range(loaded.num_layers)]
         over_time = _trace_windows(loaded, tokens, windows)
         source, num_tokens = f"trace of {loaded.source}", loaded.topk_ids_LTK.shape[1] // max(1, len(over_time))
@@ -55,16 +58,13 @@ def run_profile(
     else:
         config = training_config(device, steps=steps, seed=seed)
         where = choose_device(config.device)
+        directory = _checked(output_dir, layer, config.num_layers, f"{steps} training steps")
         profiler = _train(config, steps, windows)
         found = [profiler.snapshot(number) for number in range(profiler.num_layers)]
         snapshots = [snapshot for snapshot in found if snapshot is not None]
         over_time = _joined([window.counts_LE for window in profiler.history() if window.counts_LE.any()], windows)
         source, top_k = f"{steps} training steps", config.top_k
         num_tokens = sum(snapshots[0].counts_E) // top_k // max(1, len(over_time))
-    snapshots[0].padding_ratio(tile)  # refuses a height that is not counted
-    if layer is not None and not 0 <= layer < len(snapshots):
-        raise ValueError(f"layer={layer} is outside the {len(snapshots)} layers of the {source}")
-    directory = writable_directory(output_dir)
     shown = layer if layer is not None else max(snapshots, key=lambda item: item.max_over_mean or 0.0).layer
     print_profile(snapshots, over_time, shown, tile, source)
     rows: list[Row] = [describe_machine(where)]
@@ -81,6 +81,13 @@ def run_profile(
     except MissingExtraError as error:
         print(f"no figure: {error}")
     return [_figures(snapshot, source) for snapshot in snapshots]
+
+
+def _checked(output_dir: str | Path, layer: int | None, num_layers: int, source: str) -> Path:
+    """The folder to write to, made if need be, once the layer is known to be one of the source's."""
+    if layer is not None and not 0 <= layer < num_layers:
+        raise ValueError(f"layer={layer} is outside the {num_layers} layers of the {source}")
+    return writable_directory(output_dir)
 
 
 def _figures(snapshot: ExpertSnapshot, source: str) -> dict[str, Any]:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
 from moe_gpu.files import write_atomically
 
@@ -391,22 +393,61 @@ def to_json(row: Row) -> str:
 
 
 def from_json(text: str) -> Row:
-    """The inverse of `to_json`; fields this version does not know are refused with ResultsError."""
+    """The inverse of `to_json`; ResultsError for fields this version does not know and values of another type."""
     try:
-        values = json.loads(text)
+        values = json.loads(text, parse_constant=_no_number)
     except json.JSONDecodeError as error:
         raise ResultsError(f"not JSON ({error.msg} at column {error.colno})") from error
-    if not isinstance(values, dict) or values.get("kind") not in _KINDS:
+    except RecursionError as error:
+        raise ResultsError("not a result row: nested too deeply") from error
+    if not isinstance(values, dict) or not isinstance(values.get("kind"), str) or values["kind"] not in _KINDS:
         known = ", ".join(_KINDS)
         raise ResultsError(f"not a result row: 'kind' must be one of {known}")
     cls = _KINDS[values.pop("kind")]
     unknown = set(values) - {known.name for known in fields(cls)}
     if unknown:
         raise ResultsError(f"unknown field {sorted(unknown)[0]!r} in a {cls.kind} row")
+    for name, value in values.items():
+        if not _fits(value, _hints(cls)[name]):
+            raise ResultsError(f"{name}={value!r} of a {cls.kind} row is no {_type_name(cls, name)}")
+    if values.get("num_tokens", 1) < 1:
+        raise ResultsError(f"num_tokens={values['num_tokens']} of a {cls.kind} row must be at least 1")
     try:
         return cls(**values)
     except TypeError as error:
         raise ResultsError(f"incomplete {cls.kind} row ({error})") from error
+
+
+def _no_number(constant: str) -> float:
+    raise ResultsError(f"{constant} is no number of a result row; what is not known is null")
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
+def _type_name(cls: type, name: str) -> str:
+    hint = _hints(cls)[name]
+    return hint.__name__ if hint in (int, float, str, bool) else str(hint)
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Whether a value read from JSON is of a field's type; a whole number is a float too."""
+    origin = get_origin(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, part) for part in get_args(hint))
+    if origin is list:
+        return isinstance(value, list) and all(_fits(one, get_args(hint)[0]) for one in value)
+    if origin is tuple:
+        return isinstance(value, list | tuple) and all(_fits(one, get_args(hint)[0]) for one in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(one, get_args(hint)[1]) for one in value.values())
+    if hint is NoneType:
+        return value is None
+    if hint in (int, float):
+        return isinstance(value, int | hint)
+    return isinstance(value, hint)
 
 
 def write_rows(path: str | Path, rows: Iterable[Row]) -> None:

@@ -30,7 +30,7 @@ DOCUMENTS = [
     "docs/top.md",
 ]
 COMMANDS = ["demo", "bench", "train", "generate", "report", "profile", "tune", "doctor", "top", "completion"]
-GROUPS = {"energy": ["measure", "calibrate", "report", "watch"]}
+GROUPS = {"energy": ["measure", "calibrate", "report", "watch"], "cache": ["simulate"]}
 KEPT = "an earlier run's file\n"
 
 
@@ -64,6 +64,7 @@ def refused(capsys, *arguments: str | Path) -> str:
         (["bench", "--experts", "0"], ["0 is below", "at least 1"]),
         (["bench", "--iterations", "0"], ["0 is below", "at least 1"]),
         (["bench", "--seed", "-3"], ["-3 is below", "at least 0"]),
+        (["bench", "--seed", str(2**64)], [f"{2**64} is above", "at most"]),
         (["bench", "--preset", "gpt-9"], ["'gpt-9'", "qwen3-30b-a3b"]),
         (["bench", "--routing", "zipf-x"], ["'zipf-x'", "zipf-1.2"]),
         (["bench", "--routing", "zipf--1"], ["'zipf--1'", "above 0"]),
@@ -71,7 +72,7 @@ def refused(capsys, *arguments: str | Path) -> str:
         (["bench", "--mode", "sideways"], ["'sideways'", "forward+backward"]),
         (["bench", "--launch", "rocket"], ["'rocket'", "eager, graph"]),
         (["bench", "--provider", "nobody"], ["nobody", "moe_gpu"]),
-        (["bench", "--device", "tpu"], ["'tpu'", "cpu, cuda"]),
+        (["bench", "--device", "tpu"], ["'--device'", "'tpu'", "cpu, cuda"]),
         (["bench", "--device", "cuda"], ["cuda", "choose cpu"]),
         (["bench", "--device", "NVIDIA H200"], ["'NVIDIA H200'", "cpu, cuda"]),
         (["bench", "--sm-budget", "66"], ["--sm-budget 66", "--explain"]),
@@ -103,6 +104,11 @@ def refused(capsys, *arguments: str | Path) -> str:
         (["cache", "simulate", "missing.safetensors"], ["missing.safetensors", "No such file"]),
         (["cache", "simulate", "t", "--policy", "fifo"], ["'fifo'", "on-demand"]),
         (["cache", "simulate", "t", "--tokens", "0"], ["0 is below", "at least 1"]),
+        (["slices", "plan", "--load", "1e308,1e308"], ["1e308 is not", "at most 1e+15"]),
+        (["slices", "plan", "--load", "1,2", "--output", "/nowhere/plan.json"], ["error: /nowhere/plan.json: No such"]),
+        (["profile", "--layer", "9"], ["layer=9 is outside the 2 layers"]),
+        (["profile", "--tile", "7"], ["tile=7 is not one of 16"]),
+        (["profile", "--output-dir", f"{__file__}/out"], ["Not a directory; choose another"]),
         (["frobnicate"], ["No such command 'frobnicate'"]),
     ],
 )
@@ -150,7 +156,7 @@ def results_file(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut", "not JSON", "binary", "unknown field"])
+@pytest.mark.parametrize("damage", ["empty", "cut", "not JSON", "binary", "unknown field", "other type"])
 def test_a_damaged_results_file_is_refused_and_the_old_report_kept(damage, here, capsys, results_file):
     content = results_file.read_bytes()
     results_file.write_bytes(
@@ -160,6 +166,7 @@ def test_a_damaged_results_file_is_refused_and_the_old_report_kept(damage, here,
             "not JSON": content + b"hello\n",
             "binary": b"PK\x03\x04\xff\xfe",
             "unknown field": content + b'{"kind": "training", "mood": 3}\n',
+            "other type": content.replace(b'"p50_ms": 1.0', b'"p50_ms": "fast"'),
         }[damage]
     )
     (here / "report.html").write_text(KEPT)
@@ -202,8 +209,15 @@ def test_every_command_has_help_and_json(command, capsys):
     assert main([*command.split(), "--help"]) == 0
     shown = capsys.readouterr().out
     assert ("--json" in shown) == (command != "completion"), "a script is no JSON"
-    alone = ("tune", "doctor", "top", "completion", "generate", "energy calibrate", "energy report", "energy watch")
+    alone = ("tune", "doctor", "top", "completion", "generate", "cache simulate")
+    alone += ("energy calibrate", "energy report", "energy watch")
     assert ("--output-dir" in shown) == (command not in alone), "these leave one file or none"
+
+
+@pytest.mark.parametrize("arguments", [[], ["slices"], ["energy"], ["cache"]])
+def test_a_list_of_commands_cuts_no_sentence(arguments, capsys):
+    assert main([*arguments, "--help"]) == 0
+    assert "..." not in capsys.readouterr().out.split("Commands:")[1]
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -361,6 +375,25 @@ def test_a_reader_that_leaves_early_is_no_error():
         f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} | true", shell=True, capture_output=True, cwd=ROOT
     )
     assert done.stderr == b""
+
+
+def test_a_reader_that_leaves_before_the_output_is_no_failure():
+    """The status too: click's own is 1. A pipe without a reader stands for `head` that has gone."""
+    code = (
+        "import os, sys; from moe_gpu.cli import main; read, write = os.pipe(); os.close(read); os.dup2(write, 1);"
+        "sys.stdout = open(1, 'w', buffering=1, closefd=False); sys.exit(main(['completion', 'bash']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_ctrl_c_in_a_command_that_keeps_nothing_is_a_line_too(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moe_gpu.doctor.diagnose", interrupted)
+    assert main(["doctor"]) == 130
+    assert capsys.readouterr().err == "moe-gpu: interrupted\n"
 
 
 def shell_lines(document: str) -> list[str]:

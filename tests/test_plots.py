@@ -373,6 +373,72 @@ def test_apart_moves_only_what_is_too_close():
     assert all(b - a >= 0.1 - 1e-9 for a, b in itertools.pairwise(moved))
 
 
+def test_within_keeps_names_on_the_panel_and_apart():
+    assert canvas._within([0.2, 0.5], 0.1) == pytest.approx([0.2, 0.5])
+    assert canvas._within([0.95, 1.05, 1.15], 0.1) == pytest.approx([0.8, 0.9, 1.0])
+    assert canvas._within([-0.15, -0.05], 0.1) == pytest.approx([0.0, 0.1])
+    assert canvas._within([0.0, 0.6, 1.2], 0.6) == pytest.approx([-0.2, 0.4, 1.0])
+
+
+@pytest.mark.parametrize("name", ["throughput_comparison.png", "scaling_analysis.png"])
+def test_rows_that_record_times_alone_are_drawn_as_throughput_too(name, texts, tmp_path):
+    rows = [replace(row, tokens_per_s=None) for row in small_rows()]
+    plots.FIGURES[name]([GPU, *rows], tmp_path / name)
+    assert canvas.NOT_MEASURED not in texts.words
+    rate = next(axis for axis in texts.panels if axis.get_ylabel() == "tokens/s")
+    assert any(line.get_ydata()[0] == pytest.approx(1 / 4.0 * 1e3) for line in rate.lines)
+
+
+def test_shapes_that_ran_with_one_routing_alone_leave_no_empty_panels(texts, tmp_path):
+    rows = [replace(row, input_dim=64 * width) for width in range(1, 5) for row in small_rows()]
+    plots.draw_throughput([GPU, *rows, *small_rows(routing="zipf-1.2")], tmp_path / "t.png")
+    assert "was not run for this shape" not in texts.all
+    assert texts.all.count("zipf-1.2 routing") == 1
+
+
+def test_a_long_reason_stays_in_its_panel(texts, tmp_path):
+    rows = [missing("transformers_grouped_mm", "out of memory: " + "tried to allocate " * 40, "failed")]
+    plots.draw_ablation([GPU, *rows], tmp_path / "a.png")
+    panel = texts.panels[0]
+    headline, why = (text for text in panel.texts if "not measured" in text.get_text() or "memory" in text.get_text())
+    assert why.get_text().endswith("…")
+    assert why.get_window_extent().y0 > panel.get_window_extent().y0
+    assert not why.get_window_extent().overlaps(headline.get_window_extent())
+
+
+def test_providers_that_are_not_drawn_make_no_panel_taller(tmp_path):
+    rows = [benchmark_row(f"tile {number}", 64, 1.0 + number) for number in range(30)]
+    plots.draw_ablation([GPU, *rows], tmp_path / "a.png")
+    assert png_size(tmp_path / "a.png")[1] < 600
+
+
+def test_what_was_timed_is_named_where_it_is_not_a_layer(texts, tmp_path):
+    plots.draw_throughput([GPU, *small_rows(scope="4 decoder layers")], tmp_path / "t.png")
+    assert "4 decoder layers" in texts.all
+    assert "4 decoder layers only" not in texts.all
+    plots.draw_throughput([GPU, *small_rows(scope="experts")], tmp_path / "t.png")
+    assert "experts only" in texts.all
+
+
+def test_no_finding_joins_layers_with_models():
+    rows = [CPU, *small_rows(), *small_rows(scope="4 decoder layers")]
+    assert data.finding(data.compare(data.tabulate(rows))) is None
+
+
+def test_a_finding_says_that_graphs_stand_against_eager_calls():
+    rows = [CPU, *small_rows(), benchmark_row("moe_gpu", 8, 0.1, launch="graph")]
+    assert "; 1 by a CUDA graph over eager)" in data.finding(data.compare(data.tabulate(rows)))
+    assert "graph" not in data.finding(data.compare(data.tabulate([CPU, *small_rows()])))
+
+
+def test_a_variant_of_moe_gpu_is_no_rival():
+    rows = [CPU, benchmark_row("moe_gpu", 8, 2.0), benchmark_row("moe_gpu fp8", 8, 1.0)]
+    (alone,) = data.compare(data.tabulate(rows))
+    assert alone.rival is None
+    (beside,) = data.compare(data.tabulate([*rows, benchmark_row("scattermoe", 8, 3.0)]))
+    assert beside.rival.provider == "scattermoe"
+
+
 def test_the_latest_run_of_a_point_counts_and_devices_stay_apart():
     early = [CPU, benchmark_row("moe_gpu", 8, 2.0)]
     late = [replace(CPU, recorded_at="2026-12-01T00:00:00+00:00"), benchmark_row("moe_gpu", 8, 3.0)]

@@ -14,7 +14,17 @@ from html.parser import HTMLParser
 import pytest
 
 from moe_gpu.report import write_report
-from moe_gpu.results import BenchmarkRow, ExpertLoadRow, SliceSeries, TrainingRow, select
+from moe_gpu.results import (
+    ABLATION,
+    BenchmarkRow,
+    ExpertCacheRow,
+    ExpertLoadRow,
+    SliceRow,
+    SliceSeries,
+    TileRow,
+    TrainingRow,
+    select,
+)
 from tests.result_rows import CPU, GPU, benchmark_row, ceilings, demo_rows, missing, training_rows
 
 EVIL = "<script>alert(1)</script>"
@@ -318,3 +328,70 @@ def test_peak_memory_is_a_bar_for_each_provider_at_the_most_tokens(report):
     assert "512 tokens · 1 not measured" in section
     assert '<section id="memory">' not in report(demo_rows())
     assert "Peak memory: no row carries it" in report(demo_rows())
+
+
+def section_of(text, name):
+    return text.split(f'<section id="{name}">')[1].split("</section>")[0] if f'id="{name}"' in text else ""
+
+
+def test_every_kind_of_recorded_row_is_shown(report):
+    """What no chart shows stands in a table: parts of a layer, slices, the expert cache, tiles."""
+    cache = dict(num_layers=4, num_experts=64, top_k=8, slots_per_layer=16, tokens_per_step=1)
+    rows = [
+        GPU,
+        replace(benchmark_row("baseline", 64, 8.0), scope=ABLATION),
+        replace(benchmark_row(f"+ {EVIL}", 64, 2.0), scope=ABLATION, launch="graph"),
+        replace(missing("all but kernels", f"no {EVIL}"), scope=ABLATION),
+        SliceRow("graphs", "replay", f"layer {EVIL}", samples=30, p50_ms=0.25, p99_ms=0.5, max_ms=1.0),
+        SliceRow("graphs", "eager", "layer", "failed", f"lost {EVIL}"),
+        ExpertCacheRow(
+            f"text {EVIL}", "lru", simulated=False, hit_rate=0.376, copies=3991, p50_ms=1.69, bit_exact=True, **cache
+        ),
+        ExpertCacheRow("text", "optimal", simulated=True, hit_rate=0.5, copies=20, **cache),
+        TileRow("up", f"qwen {EVIL}", {"block_m": 64}, 0.5, 200.0),
+        TileRow("up", f"qwen {EVIL}", {"block_m": 128}, 0.4, 250.0),
+        TileRow("up", f"qwen {EVIL}", {"block_m": 256}, error="too much shared memory"),
+    ]
+    text = report(rows)
+    assert EVIL not in text
+    document = Document(text)
+    bare, graphs, without = document.table("Variant")
+    assert bare["Speed over baseline"][0] == "1.00x"
+    assert (graphs["Launch"][0], graphs["Speed over baseline"][0]) == ("graph", "4.00x")
+    assert without["ms"] == ["—", ""]
+    assert without["Served by, or why not measured"][0] == f"unavailable: no {EVIL}"
+    replayed, failed = document.table("Arm")
+    assert replayed["p50 ms"][1] == "0.25"
+    assert failed["Not measured because"][0] == f"failed: lost {EVIL}"
+    assert "Value" not in replayed, "a column that holds nothing"
+    ran, simulated = section_of(text, "cache").split("<h3>")[1:]
+    (lru,) = Document(f"<h3>{ran}").table("Policy")
+    assert (lru["Slots"][0], lru["Hit rate"][0], lru["p50 ms"][0]) == ("16 of 64", "37.6%", "1.69")
+    assert simulated.startswith("text, simulated</h3>")
+    assert "optimal" in simulated
+    (tile,) = document.table("Kernel")
+    assert (tile["ms"][0], tile["Fastest tile"][0]) == ("0.4", "block_m 128")
+    assert (tile["Tried"][1], tile["Could not run"][1]) == ("3", "1")
+    bare = report(demo_rows())
+    assert not any(section_of(bare, name) for name in ("parts", "measured-slices", "cache", "tiles"))
+
+
+def test_headlines_keep_layers_and_models_apart(report):
+    model = dict(scope="4 decoder layers")
+    rows = [GPU, benchmark_row("moe_gpu", 8, 1.0), benchmark_row("torch_loop", 8, 2.0)]
+    rows += [benchmark_row("moe_gpu", 8, 1.0, **model), benchmark_row("torch_loop", 8, 8.0, **model)]
+    summary = section_of(report(rows), "summary")
+    assert "2.00x" in summary
+    assert "forward, 4 decoder layers: speed over torch_loop" in summary
+    assert "8.00x" in summary
+    assert "geometric mean" not in summary
+
+
+def test_a_long_reason_makes_no_row_tall_and_stands_in_full_below(report):
+    reason = "out of memory: " + "tried to allocate " * 40
+    text = report([GPU, benchmark_row("torch_loop", 8, 2.0), missing("moe_gpu", reason, "failed", num_tokens=8)])
+    _, line = Document(text).table("Provider")
+    assert line["Reason"][0].endswith("…")
+    assert len(line["Reason"][0]) <= 160
+    assert reason in section_of(text, "missing")
+    assert f'title="{reason}"' in section_of(text, "results")

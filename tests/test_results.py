@@ -1,5 +1,6 @@
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -153,3 +154,34 @@ def test_the_machine_is_described_as_it_is():
 def test_the_commit_can_be_named_from_outside(monkeypatch):
     monkeypatch.setenv("MOE_GPU_COMMIT", "abc123")
     assert describe_machine(torch.device("cpu")).commit == "abc123"
+
+
+@pytest.mark.parametrize(
+    ("index", "name", "value", "said"),
+    [
+        (2, "p50_ms", '"fast"', "p50_ms='fast' of a benchmark row is no float | None"),
+        (2, "p50_ms", "NaN", "NaN is no number"),
+        (2, "p50_ms", "-Infinity", "-Infinity is no number"),
+        (2, "num_tokens", "0", "num_tokens=0 of a benchmark row must be at least 1"),
+        (2, "num_tokens", "1.5", "num_tokens=1.5 of a benchmark row is no int"),
+        (2, "model", "null", "model=None of a benchmark row is no str"),
+        (0, "recorded_at", "7", "recorded_at=7 of a machine row is no str"),
+        (5, "counts", '"abc"', "counts='abc' of a expert_load row is no list[int]"),
+        (5, "counts", "[1, null]", "counts=[1, None] of a expert_load row is no list[int]"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_where_it_is_read(index, name, value, said, tmp_path):
+    fields = json.loads(to_json(ROWS[index]))
+    text = json.dumps({**fields, name: "HERE"}).replace('"HERE"', value)
+    (tmp_path / "r.jsonl").write_text(f"{to_json(ROWS[0])}\n{text}\n")
+    with pytest.raises(ResultsError, match=re.escape(f"r.jsonl:2: {said}")):
+        read_rows(tmp_path / "r.jsonl")
+
+
+def test_an_error_in_writing_names_the_file_that_was_asked_for(tmp_path):
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "folder", tmp_path / "nowhere" / "file"):
+        with pytest.raises(OSError, match="directory") as caught:
+            write_atomically(path, b"x")
+        assert caught.value.filename == str(path)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]

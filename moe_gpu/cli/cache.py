@@ -13,15 +13,16 @@ CACHE_POLICIES = ("auto", "lru", "lfu", "ewma", "static", "on-demand", "optimal"
 app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
-    no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-    help="Experts beyond device memory.",
+    help="Experts beyond device memory: simulate the policies.",
 )
 
 
-@app.callback()
-def _top() -> None:
+@app.callback(invoke_without_command=True)
+def _top(context: typer.Context) -> None:
     """Experts beyond device memory."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @app.command()
@@ -37,7 +38,10 @@ def simulate(
     prefetch: Annotated[bool, typer.Option("--prefetch/--no-prefetch", help="Load what probably comes next.")] = True,
     as_json: Json = False,
 ) -> None:
-    """Replay a trace through every policy: hit rates and copies, without weights or a GPU."""
+    """Replay a trace through every policy: hit rates and copies.
+
+    Needs no weights and no GPU.
+    """
     from moe_gpu.console import progress_bar
     from moe_gpu.expert_cache.simulate import run_simulation
 

@@ -28,6 +28,7 @@ from moe_gpu.cli.options import (
     Data,
     Device,
     Experts,
+    Interrupted,
     Json,
     OutputDir,
     Publish,
@@ -52,7 +53,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 
-app.add_typer(slices.app, name="slices", help="Divide a GPU by measured load: plan, show, simulate, MIG, bench.")
+app.add_typer(slices.app, name="slices", help="Divide a GPU by measured load: plan, simulate, MIG, bench.")
 app.add_typer(energy_commands.app, name="energy")
 app.add_typer(cache.app, name="cache")
 
@@ -156,7 +157,10 @@ def bench(
         return
     if sm_budget is not None:
         raise typer.BadParameter(f"--sm-budget {sm_budget} needs --explain; leave one out or give both")
-    device = None if device is None else DEVICES(device)
+    try:
+        device = None if device is None else DEVICES(device)
+    except typer.BadParameter as error:
+        raise typer.BadParameter(error.message, param_hint="'--device'") from None
     with interruptible("no results were written"), stdout_for_json(as_json):
         rows = run_bench(
             output_dir,
@@ -261,7 +265,7 @@ def generate(
 
 @app.command()
 def report(
-    results: Annotated[list[Path], typer.Argument(metavar="RESULTS.jsonl...", help="Results files.")],
+    results: Annotated[list[Path], typer.Argument(metavar="RESULTS.jsonl", help="Results files.")],
     output_dir: OutputDir = Path("moe-gpu-output"),
     as_json: Json = False,
 ) -> None:
@@ -278,7 +282,7 @@ def report(
 def profile(
     trace: Annotated[
         Path | None,
-        typer.Argument(metavar="[TRACE]", help="A routing trace; without it a short training run on this machine."),
+        typer.Argument(metavar="TRACE", help="A routing trace; without it a short training run on this machine."),
     ] = None,
     tokens: Annotated[int, count("--tokens", "Tokens a call, into which a trace is cut.")] = 256,
     steps: Annotated[int, count("--steps", "Training steps of the live run.")] = 20,
@@ -380,13 +384,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _USAGE_ERROR as error:
         command = error.ctx.command_path if error.ctx else "moe-gpu"
         return _fail(f"{error.format_message()} (see `{command} --help`)")
-    except BrokenPipeError:
+    except Interrupted as stop:
+        return _interrupted(str(stop))
+    except SystemExit as stop:
+        if not isinstance(stop.__context__, BrokenPipeError):
+            raise
         # The reader, such as `head`, has seen enough; nothing may be written when Python closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError) as error:
         if os.environ.get("MOE_GPU_TRACEBACK") == "1":
             raise
+        if isinstance(error, OSError) and error.filename and error.strerror:
+            return _fail(f"{error.filename}: {error.strerror}")
         return _fail(str(error))
     except RuntimeError as error:
         from moe_gpu.nvml import NvmlUnavailableError
@@ -400,7 +410,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not isinstance(error, MissingExtraError):
             raise
         return _fail(str(error), status=1)
-    return status or 0
+    return _interrupted("interrupted") if status == 130 else status or 0
+
+
+def _interrupted(what: str) -> int:
+    print(f"moe-gpu: {what}", file=sys.stderr)
+    return 130
 
 
 def _fail(message: str, status: int = 2) -> int:

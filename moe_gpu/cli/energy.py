@@ -125,7 +125,7 @@ def calibrate(
 
 @app.command()
 def report(
-    results: Annotated[list[Path], typer.Argument(metavar="RESULTS.jsonl...", help="Results files.")],
+    results: Annotated[list[Path], typer.Argument(metavar="RESULTS.jsonl", help="Results files.")],
     as_json: Json = False,
 ) -> None:
     """Print the energy in results files, with intervals.

@@ -14,8 +14,11 @@ if TYPE_CHECKING:
     from moe_gpu.results import Row
 
 
+MOST = 2**63 - 1  # what a seed may be, and more than any count
+
+
 def whole_number(minimum: int) -> Callable[[Any], int]:
-    """A parser of whole numbers of at least `minimum`."""
+    """A parser of whole numbers of at least `minimum`, that fit in 64 bits."""
 
     def parse(value: Any) -> int:
         try:
@@ -24,6 +27,8 @@ def whole_number(minimum: int) -> Callable[[Any], int]:
             raise typer.BadParameter(f"{value!r} is not a whole number; give one of at least {minimum}") from None
         if number < minimum:
             raise typer.BadParameter(f"{number} is below the limit; give a whole number of at least {minimum}")
+        if number > MOST:
+            raise typer.BadParameter(f"{number} is above the limit; give a whole number of at most {MOST}")
         return number
 
     return parse
@@ -107,14 +112,17 @@ def print_rows(rows: Sequence[Row]) -> None:
         print(to_json(row))
 
 
+class Interrupted(Exception):
+    """Ctrl-C ended a command; the text says what is kept."""
+
+
 @contextmanager
 def interruptible(kept: str) -> Iterator[None]:
-    """Ctrl-C ends the command with status 130 and one line: what the library kept, or else `kept`."""
+    """Ctrl-C raises Interrupted with one line: what the library kept, or else `kept`."""
     try:
         yield
     except KeyboardInterrupt as stop:
-        print(f"moe-gpu: {str(stop) or f'interrupted; {kept}'}", file=sys.stderr)
-        raise typer.Exit(130) from None
+        raise Interrupted(str(stop) or f"interrupted; {kept}") from None
 
 
 @contextmanager

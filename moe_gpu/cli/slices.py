@@ -30,14 +30,17 @@ def _top(context: typer.Context) -> None:
         print(context.get_help())
 
 
+_MOST = 1e15  # a sum of such numbers keeps its precision
+
+
 def number_from_0(value: Any) -> float:
-    """A parser of numbers of at least 0."""
+    """A parser of numbers from 0 to _MOST."""
     try:
         number = float(value)
     except ValueError:
         raise typer.BadParameter(f"{value!r} is not a number; give one of at least 0") from None
-    if not 0 <= number < float("inf"):
-        raise typer.BadParameter(f"{value} is not a finite number of at least 0; give one")
+    if not 0 <= number <= _MOST:
+        raise typer.BadParameter(f"{value} is not a number of at least 0 and at most {_MOST:g}; give one")
     return number
 
 
@@ -105,7 +108,7 @@ def plan(
 
 @app.command()
 def show(
-    plan_file: Annotated[Path | None, typer.Argument(metavar="[PLAN]", help="A plan to check and show.")] = None,
+    plan_file: Annotated[Path | None, typer.Argument(metavar="PLAN", help="A plan to check and show.")] = None,
     device: Described = None,
     as_json: Json = False,
 ) -> None:
@@ -163,7 +166,10 @@ def mig(
     apply: Annotated[bool, typer.Option("--apply", help="Create the layout; only on an idle GPU.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show MIG instances, or plan a layout for loads and print the commands that make it."""
+    """Show MIG instances, or plan a layout for loads.
+
+    The commands that make the layout are printed; --apply runs them.
+    """
     from moe_gpu.slice_runs import run_mig
 
     with stdout_for_json(as_json):
@@ -194,9 +200,10 @@ def bench(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure this GPU's slices: device tables, interference, isolation, costs, and the policies over a shifting load.
+    """Measure this GPU's slices and the policies over a shifting load.
 
-    The costs are kept in ~/.cache/moe_gpu/slices, or under the folder in MOE_GPU_CACHE. Exit status 1 without a GPU.
+    Device tables, interference, isolation, costs, and what every policy takes. The costs are kept in
+    ~/.cache/moe_gpu/slices, or under the folder in MOE_GPU_CACHE. Exit status 1 without a GPU.
     """
     from moe_gpu.slice_bench import run_slice_bench, why_not
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import textwrap
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +29,14 @@ COLOURS = {
     "scattermoe": "#009E73",
     "sonicmoe": "#B8629A",
     "triton_kernels": "#C98A00",
+    "transformers_eager": "#7A5230",
+    "transformers_batched_mm": "#5B3A8C",
+    "bmm": "#1F2328",
+    "moe_gpu fp8": "#E8825D",
 }
-_SPARE_COLOURS = ("#5B3A8C", "#7A5230", "#00696B", "#9A9A00")
+_SPARE_COLOURS = ("#5B3A8C", "#7A5230", "#00696B", "#9A9A00", "#C2185B", "#3F51B5", "#558B2F")
 _MARKERS = {OURS: "o", BASELINE: "s", "torch_grouped_mm": "^", "transformers_grouped_mm": "v"}
+_SPARE_MARKERS = "DPX<>"
 INK, SOFT, GRID = "#1F2328", "#656D76", "#E6E8EB"
 _RC = {
     "text.parse_math": False,  # a `$` in a model's name is a letter
@@ -76,7 +82,17 @@ def styled(draw: Callable[..., Path]) -> Callable[..., Path]:
 
 def colour(provider: str) -> str:
     """The provider's colour, the same in every figure; unknown providers take a spare one by their name."""
-    return COLOURS.get(provider) or _SPARE_COLOURS[sum(provider.encode()) % len(_SPARE_COLOURS)]
+    return COLOURS.get(provider) or _SPARE_COLOURS[_spare(provider) % len(_SPARE_COLOURS)]
+
+
+def marker(provider: str) -> str:
+    """The provider's marker, the same in every figure."""
+    return _MARKERS.get(provider) or _SPARE_MARKERS[_spare(provider) // len(_SPARE_COLOURS) % len(_SPARE_MARKERS)]
+
+
+def _spare(provider: str) -> int:
+    """A number for a name, the same on every machine; names that differ in one letter are far apart."""
+    return zlib.crc32(provider.encode())
 
 
 @dataclass(frozen=True)
@@ -199,15 +215,20 @@ def shorten(text: str, length: int) -> str:
 
 
 def say_nothing(axis: Axes, why: str, headline: str = NOT_MEASURED) -> None:
-    """A hatched, empty panel that says what is not there and why."""
+    """A hatched, empty panel that says what is not there and why, as far as there is room."""
     axis.set(xticks=[], yticks=[], xlim=(0, 1), ylim=(0, 1))
     axis.set_facecolor("#FAFBFC")
     axis.patch.set_hatch("//")
     for spine in axis.spines.values():
         spine.set_visible(False)
-    plain: dict[str, Any] = dict(ha="center", va="center", bbox=dict(facecolor="#FAFBFC", edgecolor="none", pad=3))
-    axis.text(0.5, 0.6, headline, fontsize=12, color=SOFT, weight="bold", **plain)
-    axis.text(0.5, 0.4, "\n".join(_wrap(why, _inches(axis)[0] * 0.85, 8.5)), fontsize=8.5, color=SOFT, **plain)
+    width, height = _inches(axis)
+    lines = _wrap(why, width * 0.85, 8.5)
+    room = max(1, int(height * 0.46 * 72 / (8.5 * 1.45)))
+    if len(lines) > room:
+        lines = [*lines[: room - 1], f"{lines[room - 1].rstrip()} …"]
+    plain: dict[str, Any] = dict(ha="center", bbox=dict(facecolor="#FAFBFC", edgecolor="none", pad=3))
+    axis.text(0.5, 0.56, headline, fontsize=12, color=SOFT, weight="bold", va="bottom", **plain)
+    axis.text(0.5, 0.5, "\n".join(lines), fontsize=8.5, color=SOFT, va="top", **plain)
 
 
 def log_ticks(low: float, high: float) -> list[float]:
@@ -268,7 +289,7 @@ def draw_line(
     style: dict[str, Any] = dict(
         color=colour(series.provider),
         linewidth=2.4 if ours else 1.4,
-        marker=_MARKERS.get(series.provider, "D"),
+        marker=marker(series.provider),
         markersize=5.5 if ours else 4,
         markerfacecolor="white" if replayed else colour(series.provider),
         linestyle=(0, (4, 1.5)) if replayed else "-",
@@ -299,7 +320,7 @@ def label_ends(axis: Axes, ends: Sequence[End], size: float = 7.5) -> None:
     step = size * 1.35 / 72 / _inches(axis)[1]
     to_axes = axis.transData + axis.transAxes.inverted()
     wanted = sorted((to_axes.transform((end.x, end.y))[1], end) for end in ends)
-    heights = _apart([min(max(position, 0.0), 1.0) for position, _ in wanted], step)
+    heights = _within(_apart([min(max(position, 0.0), 1.0) for position, _ in wanted], step), step)
     for y_label, (_, end) in zip(heights, wanted, strict=True):
         axis.annotate(
             "", (end.x, end.y), (1.035, y_label), textcoords="axes fraction", annotation_clip=False,
@@ -322,6 +343,13 @@ def _apart(positions: Sequence[float], step: float) -> list[float]:
         groups.append((mean, count))
     means = [mean for mean, count in groups for _ in range(count)]
     return [mean + index * step for index, mean in enumerate(means)]
+
+
+def _within(heights: Sequence[float], step: float) -> list[float]:
+    """Heights `step` apart, moved down below 1 and, where there is room, up above 0, still as far apart."""
+    last = len(heights) - 1
+    lowered = [min(height, 1.0 - (last - index) * step) for index, height in enumerate(heights)]
+    return [max(height, min(0.0, 1.0 - last * step) + index * step) for index, height in enumerate(lowered)]
 
 
 def label_margin(labels: Iterable[str], size: float = 7.5) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from moe_gpu.config import COLD, HOT
@@ -50,13 +50,14 @@ class Facet(NamedTuple):
 
     @property
     def detail(self) -> str:
-        parts = (
-            f"{self.routing} routing",
-            self.shape,
-            self.dtype,
-            f"{self.scope} only" if self.scope != "layer" else "",
-        )
-        return " · ".join(filter(None, parts))
+        return " · ".join(filter(None, (f"{self.routing} routing", self.shape, self.part, self.dtype)))
+
+    @property
+    def part(self) -> str:
+        """What was timed where that is not one whole layer; empty where it is."""
+        if self.scope == "layer" or self.scope.endswith("layers"):
+            return "" if self.scope == "layer" else self.scope
+        return f"{self.scope} only"
 
     @property
     def shape(self) -> str:
@@ -87,7 +88,7 @@ class Comparison:
     num_tokens: int
     ours: BenchmarkRow
     baseline: BenchmarkRow | None
-    rival: BenchmarkRow | None  # the baseline may be it
+    rival: BenchmarkRow | None  # the baseline may be it, another variant of moe_gpu may not
 
     @property
     def over_baseline(self) -> float | None:
@@ -182,6 +183,19 @@ def measured(row: BenchmarkRow) -> bool:
     return row.status == "ok" and row.p50_ms is not None and row.p50_ms > 0
 
 
+def is_ours(provider: str) -> bool:
+    """Whether it is moe_gpu, or a variant of it such as "moe_gpu fp8", which is no other provider."""
+    return provider == OURS or provider.startswith(f"{OURS} ")
+
+
+def with_rate(row: BenchmarkRow) -> BenchmarkRow:
+    """The row with tokens a second, which scripts that record times alone leave out."""
+    if row.tokens_per_s is not None or not measured(row):
+        return row
+    assert row.p50_ms
+    return replace(row, tokens_per_s=row.num_tokens / row.p50_ms * 1e3)
+
+
 def speed_ratio(row: BenchmarkRow, other: BenchmarkRow) -> float:
     """The speed of `row` as a multiple of `other`'s, from the median times."""
     assert row.p50_ms
@@ -205,7 +219,9 @@ def _tabulate(rows: Iterable[Row], wanted: Callable[[BenchmarkRow], bool]) -> Ta
         for row in filter(wanted, select(run.rows, BenchmarkRow)):
             sizes = (row.model, row.input_dim, row.hidden_dim, row.expert_dim, row.num_experts, row.top_k)
             facet = Facet(run.device, *sizes, row.dtype, row.scope, row.mode, row.routing)
-            table.setdefault(facet, {}).setdefault(Series(row.provider, row.launch), {})[row.num_tokens] = row
+            table.setdefault(facet, {}).setdefault(Series(row.provider, row.launch), {})[row.num_tokens] = with_rate(
+                row
+            )
     return table
 
 
@@ -230,7 +246,7 @@ def compare(table: Table) -> list[Comparison]:
         ours = fastest(row for row in at.values() if row.provider == OURS)
         if ours is not None:
             baseline = fastest(row for row in at.values() if row.provider == BASELINE)
-            rival = fastest(row for row in at.values() if row.provider != OURS)
+            rival = fastest(row for row in at.values() if not is_ours(row.provider))
             comparisons.append(Comparison(facet, num_tokens, ours, baseline, rival))
     return comparisons
 
@@ -240,10 +256,14 @@ def geometric_mean(values: Sequence[float]) -> float:
 
 
 def finding(comparisons: Sequence[Comparison]) -> str | None:
-    """One sentence on moe_gpu's speed against the baseline; None if never measured together, or on several devices."""
-    if len({comparison.facet.device for comparison in comparisons}) > 1:
+    """One sentence on moe_gpu's speed against the baseline.
+
+    None if they were never measured together, or on several devices, or as several things (layers, models).
+    """
+    if len({(comparison.facet.device, comparison.facet.part) for comparison in comparisons}) > 1:
         return None
-    ratios = [ratio for ratio in (comparison.over_baseline for comparison in comparisons) if ratio is not None]
+    both = [comparison for comparison in comparisons if comparison.baseline is not None]
+    ratios = [ratio for ratio in (comparison.over_baseline for comparison in both) if ratio is not None]
     if not ratios:
         return None
     if len(ratios) == 1:
@@ -251,7 +271,9 @@ def finding(comparisons: Sequence[Comparison]) -> str | None:
     slower = sum(ratio < 1 for ratio in ratios)
     spread = f"{times(min(ratios))} to {times(max(ratios))}{f'; slower at {slower}' if slower else ''}"
     mean = times(geometric_mean(ratios))
-    return f"{OURS} runs at {mean} the speed of {BASELINE} (geometric mean of {len(ratios)} points, {spread})"
+    replayed = sum(comparison.ours.launch != comparison.baseline.launch for comparison in both if comparison.baseline)
+    unlike = f"; {replayed} by a CUDA graph over eager" if replayed else ""
+    return f"{OURS} runs at {mean} the speed of {BASELINE} (geometric mean of {len(ratios)} points, {spread}{unlike})"
 
 
 def gaps(table: Table) -> list[Gap]:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _UNUSED = (0.12, 0.14, 0.16, 1.0)
 _ABSENT = (1.0, 1.0, 1.0, 0.0)
 _LIMIT = 2.0  # log2 of the share over an even share, at both ends of the colours
-_RUN_COLOURS = ("#0072B2", "#D1380F", "#009E73", "#C98A00", "#5B3A8C")
+_RUN_COLOURS = ("#0072B2", "#D1380F", "#009E73", "#C98A00", "#5B3A8C", "#B8629A", "#7A5230")
 _LAYERS_OVER_TIME = 2
 
 

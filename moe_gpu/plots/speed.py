@@ -77,7 +77,7 @@ def draw_throughput(rows: Sequence[Row], path: str | Path) -> Path:
 
     table = tabulate(rows)
     title = finding(compare(table)) or "Throughput by provider"
-    remark = "Tokens a second of one layer against tokens in a call; log axes; whiskers: 20th to 80th percentile."
+    remark = "Tokens a second against tokens in a call; log axes; whiskers: 20th to 80th percentile."
     return _by_routing(rows, "tokens_per_s", "tokens/s", title, remark, whiskers).save(path)
 
 
@@ -96,7 +96,7 @@ def draw_energy(rows: Sequence[Row], path: str | Path) -> Path:
         return {x: (max(e / 10, e - 1.96 * error[x]), e + 1.96 * error[x]) for x, e in energy.items() if x in error}
 
     title = energy_finding(tabulate(rows)) or "Energy per token by provider"
-    remark = "Joules a token of one layer against tokens in a call; log axes; whiskers: 95 % interval of the readings."
+    remark = "Joules a token against tokens in a call; log axes; whiskers: 95 % interval of the readings."
     sheet = _by_routing(rows, "energy_j_per_token", "J/token", title, remark, whiskers, energy_notes(rows))
     return sheet.save(path)
 
@@ -153,7 +153,7 @@ def draw_scaling(rows: Sequence[Row], path: str | Path) -> Path:
     facets, notes = _shown(table)
     if not sweeps:
         notes = [*notes, f"Against the number of experts: {NOT_MEASURED} (no two measurements differ in it alone)."]
-    remark = "Median time of a call, and tokens a second, of one layer; log axes."
+    remark = "Median time of a call, and tokens a second; log axes."
     groups = len(facets) + len(sweeps)
     sheet = _sheet(facets, table, 2, "Scaling with tokens and experts", runs, remark, notes, len(sweeps), grid=True)
     cells = _in_groups(sheet, 2, groups)
@@ -189,7 +189,7 @@ def draw_ablation(rows: Sequence[Row], path: str | Path) -> Path:
     if parts:
         strips.append(("Parts added one by one: speed over the baseline", _parts_strip(parts, ADDED, "baseline")))
         strips.append(("All parts but one: speed over all of them", _parts_strip(parts, LEFT_OUT, None)))
-    tallest = max((len(strip) for _, strip in strips), default=1)
+    tallest = max((len(strip) for _, strip in strips if any(ratios for _, _, ratios, _ in strip)), default=4)
     title, why = (
         f"{OURS} without one of its parts",
         "No row records a part switched off: `moe-gpu bench --ablation` does.",
@@ -338,17 +338,29 @@ def _by_routing(
     whiskers: Callable[[dict[int, BenchmarkRow]], dict[int, tuple[float, float]]] | None = None,
     more_notes: Sequence[str] = (),
 ) -> Page:
-    """A page with a row of panels for each model and mode and a column for each routing."""
+    """A page with a row of panels for each model and mode and a column for each routing.
+
+    Where most shapes ran with one routing alone, that table would be mostly empty: then a panel for each that was run.
+    """
     table, runs = tabulate(rows), split_runs(rows)
     routings = list(dict.fromkeys(facet.routing for facet in table)) or [""]
     facets, notes = _shown(table, join_routings=True)
-    sheet = _sheet(facets, table, len(routings), title, runs, remark, [*more_notes, *notes])
-    for axes, facet in zip(sheet.axes, facets, strict=False):
-        for axis, routing in zip(axes, routings, strict=True):
-            exact = facet._replace(routing=routing)
-            why = f"Routing {routing} was not run for this shape."
-            _panel(axis, table.get(exact, {}), field, unit, whiskers=whiskers, why=why)
-            name_panel(axis, exact.name, _detail(exact, table))
+    ran, _ = _shown(table)
+    sparse = 3 * len(ran) < 2 * len(facets) * len(routings)
+    if sparse:
+        sheet = _sheet(ran, table, 1, title, runs, remark, [*more_notes, *notes], grid=True)
+        cells = [(axes[0], facet) for axes, facet in zip(_in_groups(sheet, 1, len(ran)), ran, strict=False)]
+    else:
+        sheet = _sheet(facets, table, len(routings), title, runs, remark, [*more_notes, *notes])
+        cells = [
+            (axis, facet._replace(routing=routing))
+            for axes, facet in zip(sheet.axes, facets, strict=False)
+            for axis, routing in zip(axes, routings, strict=True)
+        ]
+    for axis, facet in cells:
+        why = f"Routing {facet.routing} was not run for this shape."
+        _panel(axis, table.get(facet, {}), field, unit, whiskers=whiskers, why=why)
+        name_panel(axis, facet.name, _detail(facet, table))
     return sheet
 
 

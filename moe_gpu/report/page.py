@@ -27,10 +27,12 @@ from moe_gpu.plots.data import (
     times,
     training_runs,
 )
-from moe_gpu.report import sections
+from moe_gpu.report import recorded, sections
 from moe_gpu.report.energy import energy
 from moe_gpu.report.slices import TENANT_COLOURS, slices
 from moe_gpu.results import Machine, Row, select
+
+_NOTHING = "<p>These results hold no benchmark, training or expert load to sum up; what they hold stands below.</p>"
 
 
 def build_page(rows: Sequence[Row], title: str, pictures: Sequence[tuple[str, bytes]] = ()) -> str:
@@ -44,8 +46,12 @@ def build_page(rows: Sequence[Row], title: str, pictures: Sequence[tuple[str, by
         ("charts", "Throughput", sections.throughput(table, classes)),
         ("memory", "Peak memory", sections.memory(table, classes)),
         ("results", "All results", sections.results(table)),
+        ("parts", "What each part brings", recorded.parts(rows)),
         ("energy", "Energy", energy(rows)),
         ("slices", "Slices over time", slices(rows)),
+        ("measured-slices", "Slices, streams and graphs", recorded.slice_tables(rows)),
+        ("cache", "Expert cache", recorded.expert_cache(rows)),
+        ("tiles", "Kernel tiles", recorded.tiles(rows)),
         ("training", "Training", sections.training(rows)),
         ("experts", "Experts", sections.experts(rows)),
         ("missing", "Not measured", sections.missing(rows, table)),
@@ -116,9 +122,14 @@ def _provenance(rows: Sequence[Row]) -> str:
 def _summary(rows: Sequence[Row], table: Table, comparisons: Sequence[Comparison]) -> str:
     """Headline numbers, each computed here from the rows."""
     cards = []
-    for device, mode in dict.fromkeys((facet.device, facet.mode) for facet in table):
-        here = [item for item in comparisons if (item.facet.device, item.facet.mode) == (device, mode)]
-        where = f"{mode}, {device}" if len({facet.device for facet in table}) > 1 else mode
+    for device, mode, part in dict.fromkeys((facet.device, facet.mode, facet.part) for facet in table):
+        here = [
+            item
+            for item in comparisons
+            if (item.facet.device, item.facet.mode, item.facet.part) == (device, mode, part)
+        ]
+        several = len({facet.device for facet in table}) > 1
+        where = ", ".join(filter(None, (mode, part, device if several else "")))
         over_baseline = [ratio for ratio in (item.over_baseline for item in here) if ratio is not None]
         over_rival = [ratio for ratio in (item.over_rival for item in here) if ratio is not None]
         cards.append(_ratio_card(f"{where}: speed over {BASELINE}", over_baseline))
@@ -136,7 +147,7 @@ def _summary(rows: Sequence[Row], table: Table, comparisons: Sequence[Comparison
             hot, unused = found.hot, found.unused
             lines = [f"the busiest expert's share over an even one; {len(hot)} above {HOT:g}x, {len(unused)} unused"]
             cards.append(_card(f"Experts ({load.source})", times(found.busiest[0]), lines))
-    return f'<div class="cards">{"".join(cards)}</div>' if cards else "<p>These results hold no numbers to sum up.</p>"
+    return f'<div class="cards">{"".join(cards)}</div>' if cards else _NOTHING
 
 
 def _card(what: str, big: str, lines: Iterable[str], look: str = "") -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from html import escape
 
+from moe_gpu.plots.canvas import shorten
 from moe_gpu.plots.data import (
     BASELINE,
     COLD,
@@ -28,6 +29,7 @@ from moe_gpu.plots.data import (
     short_tokens,
     side_by_side,
     split_runs,
+    tabulate_ablation,
     times,
     training_runs,
     values,
@@ -88,7 +90,7 @@ def throughput(benchmarks: Table, classes: Mapping[str, str]) -> str:
         chart = line_chart(curves, "tokens", x_text=lambda x: short_tokens(int(x)), x_ticks=asked, title=title)
         charts.append(f"<figure>{figcaption}{chart}</figure>")
     legend = "".join(_key(series, classes, marks) for series in sorted(drawn))
-    note = "Tokens a second of one layer, over tokens in a call; log axes; bars from the 20th to the 80th percentile."
+    note = "Tokens a second, over tokens in a call; log axes; bars from the 20th to the 80th percentile."
     return f'<p class="note">{note}</p><ul class="legend">{legend}</ul><div class="charts">{"".join(charts)}</div>'
 
 
@@ -138,7 +140,7 @@ def results(benchmarks: Table) -> str:
                     number(memory, None if memory is None else f"{memory / 2**20:.1f}"),
                     number(one.energy_j_per_token, tip="joules a token"),
                     number(one.max_error, error, allowed),
-                    Cell("" if ok else one.reason or "no reason recorded", look="wide"),
+                    _why("" if ok else one.reason or "no reason recorded"),
                 ]
                 rows.append(row(cells, "gap" if not ok else "ours" if series.provider == OURS else ""))
     if not rows:
@@ -311,7 +313,7 @@ def missing(rows: Sequence[Row], benchmarks: Table) -> str:
     """What has no number, and why: providers by reason, then whole kinds of row."""
     lines = [
         row([Cell(gap.provider), Cell(gap.status), Cell(gap.reason, look="wide"), Cell(gap.where, look="wide")])
-        for gap in gaps(benchmarks)
+        for gap in [*gaps(benchmarks), *gaps(tabulate_ablation(rows))]
     ]
     benchmark = select(rows, BenchmarkRow)
     said = []
@@ -377,9 +379,15 @@ def figures(pictures: Iterable[tuple[str, bytes]]) -> str:
     return "".join(parts)
 
 
+def _why(reason: str) -> Cell:
+    """A reason beside numbers: a long one in full on hover, and in the list of what was not measured."""
+    text = shorten(reason, 160)
+    return Cell(text, reason if text != reason else None, look="wide")
+
+
 def _place(facet: Facet) -> list[Cell]:
     """The cells that say where: model with its sizes on hover, pass, routing and data type."""
-    model = facet.model if facet.scope == "layer" else f"{facet.model} ({facet.scope} only)"
+    model = f"{facet.model} ({facet.part})" if facet.part else facet.model
     return [Cell(model, f"{facet.shape}\n{facet.device}"), Cell(facet.mode), Cell(facet.routing), Cell(facet.dtype)]
 
 
