@@ -332,18 +332,28 @@ def _gemm_at_once(x_TH: torch.Tensor, routing: Routing, weights: ExpertWeights) 
     """What multiplies all experts' rows in one call without Triton; None: one expert after another.
 
     On a CPU it is torch's grouped_mm where a call for each expert would cost more than it computes. Only where that
-    gives the same bits: without biases, every row on 64 bytes, and no dropped routes, whose rows it would not write.
+    gives the same bits: without biases, every row and every row's gradient on 64 bytes, and no dropped routes, whose
+    rows it would not write.
     """
     traced = _traced_gemm()
-    if traced is not None or x_TH.device.type != "cpu" or x_TH.dtype != torch.float32 or not _has_grouped_mm():
+    if traced is not None or x_TH.device.type != "cpu" or x_TH.dtype != torch.float32 or not _grouped_mm_serves():
         return traced
     rows, width = routing.row_route_R.shape[0], weights.up_EGH.shape[1]
     stacks = [stack for stack in (weights.up_EGH, weights.mid_EII, weights.down_EOI) if stack is not None]
     biased = any(bias is not None for bias in (weights.up_bias_EG, weights.mid_bias_EI, weights.down_bias_EO))
-    aligned = all(w.is_contiguous() and w.shape[2] % 16 == 0 and w.data_ptr() % 64 == 0 for w in stacks)
+    aligned = all(
+        w.is_contiguous() and all(size % 16 == 0 for size in w.shape[1:]) and reference.starts_aligned(w)
+        for w in stacks
+    )
     if biased or not aligned or rows * width > _MOST_AT_ONCE or int(routing.offsets_P[-1]) < rows:
         return None
     return _grouped_mm
+
+
+def _grouped_mm_serves() -> bool:
+    """Whether torch's grouped_mm does here what `F.linear` does: it knows neither autocast nor forward derivatives."""
+    forward_derivatives = torch.autograd.forward_ad._current_level >= 0
+    return _has_grouped_mm() and not torch.is_autocast_enabled("cpu") and not forward_derivatives
 
 
 def _grouped_mm(a_RK: torch.Tensor, w_ENK: torch.Tensor, offsets_P: torch.Tensor, _bias: None) -> torch.Tensor:
