@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -173,8 +174,7 @@ class AdvancedMoELayer(MoEBase):
             if self._hbm is not None:
                 self._hbm.cache.synchronize()
                 self._hbm = None
-                for parameter in self._expert_parameters().values():
-                    parameter.data = parameter.data.to(self.router_weight.device)
+                self._leave_host()
             return
         self._attach(_register(self, hbm_budget if isinstance(hbm_budget, ExpertCache) else ExpertCache(hbm_budget)))
 
@@ -195,6 +195,17 @@ class AdvancedMoELayer(MoEBase):
         names = ("gate_up_proj", "down_proj", "mid_proj", "gate_up_bias", "mid_bias", "down_bias")
         found = {name: self._parameters.get(name) for name in names}
         return {name: parameter for name, parameter in found.items() if parameter is not None}
+
+    def _leave_host(self) -> None:
+        """Put the experts' weights where the router is, once there is no budget any more."""
+        for parameter in self._expert_parameters().values():
+            parameter.data = parameter.data.to(self.router_weight.device)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A pickled layer has lost its budget, if it had one; a copied one has not."""
+        super().__setstate__(state)
+        if self._hbm is None:
+            self._leave_host()
 
     def _apply(self, fn, recurse=True):
         apply = partial(super()._apply, fn, recurse)
