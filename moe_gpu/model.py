@@ -58,10 +58,10 @@ _ANNOUNCED: set[str] = set()
 class AdvancedMoELayer(MoEBase):
     """A MoE layer on the fastest backend the device has; `layer(x)` returns `(output, stats)`.
 
-    x: (..., input_dim) in the layer's dtype (any float dtype under autocast); output: (..., expert_dim). `hidden_dim`
-    is the experts' intermediate width. `capacity_factor=None` is dropless. `stats` is a `MoEStats`: lazy device
-    tensors. `layer.features` says which flags are served, by what, and why not; a flag whose subsystem does not exist
-    yet is never pretended: it is listed there as inactive and logged once.
+    x: (..., input_dim) in the layer's dtype (any float dtype but float64 under autocast); output: (..., expert_dim).
+    `hidden_dim` is the experts' intermediate width. `capacity_factor=None` is dropless. `stats` is a `MoEStats`: lazy
+    device tensors. `layer.features` says which flags are served, by what, and why not; a flag whose subsystem does not
+    exist yet is never pretended: it is listed there as inactive and logged once.
     `hbm_budget` (bytes, "8GiB", a share of the experts, or an ExpertCache that several layers share) keeps the experts'
     weights in host memory and as many as fit in device memory, for inference: the layer begins in eval mode.
     `use_cuda_graphs` replays the layer as a CUDA graph in eval mode without gradients, once a number of tokens repeats;
@@ -100,6 +100,11 @@ class AdvancedMoELayer(MoEBase):
             raise ValueError(
                 f"allocation_policy={allocation_policy!r} must be a SliceAllocationPolicy, "
                 f"one of {', '.join(policy.name for policy in SliceAllocationPolicy)}"
+            )
+        if profiler is not None and not profiler.has_room_for(num_experts, layer_index):
+            raise ValueError(
+                f"the profiler counts {profiler.num_experts} experts in each of {profiler.num_layers} layers; "
+                f"this layer has num_experts={num_experts} and layer_index={layer_index}"
             )
         super().__init__(
             MoEConfig(

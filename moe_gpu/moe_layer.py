@@ -171,7 +171,9 @@ class MoEBase(nn.Module):
     def _flatten(self, x: torch.Tensor) -> torch.Tensor:
         if x.dim() < 2 or x.shape[-1] != self.config.input_dim:
             raise ValueError(f"x has shape {tuple(x.shape)}; expected (..., input_dim={self.config.input_dim})")
-        if not torch.is_autocast_enabled(x.device.type) and x.dtype != self.gate_up_proj.dtype:
+        dtypes = {x.dtype, self.gate_up_proj.dtype}
+        cast = torch.is_autocast_enabled(x.device.type) and torch.float64 not in dtypes  # autocast leaves float64 alone
+        if len(dtypes) > 1 and not cast:
             raise ValueError(
                 f"x is {x.dtype} and the layer is {self.gate_up_proj.dtype}; convert one, or run under autocast"
             )

@@ -226,6 +226,17 @@ def test_wrong_inputs_are_refused(layer_type):
         layer(torch.randn(3, 12, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"router logits have shape \(3, 4\); expected \(3, 5\)"):
         layer(torch.randn(3, 12), torch.randn(3, 4))
+    with torch.autocast("cpu"), pytest.raises(ValueError, match=r"x is torch\.float64 and the layer is torch\.float32"):
+        layer(torch.randn(3, 12, dtype=torch.float64))  # autocast leaves float64 as it is
+
+
+@pytest.mark.parametrize("capacity", [0, -1])
+def test_capacities_without_a_row_are_refused(capacity):
+    operations = TritonExpertOps("cpu")
+    with pytest.raises(ValueError, match=f"capacity={capacity} must be at least 1"):
+        operations.route(torch.zeros(3, 4), 2, RouterConfig(), capacity=capacity)
+    with pytest.raises(ValueError, match=f"capacity={capacity} must be at least 1"):
+        operations.sort_routes(torch.zeros(3, 2, dtype=torch.int32), torch.ones(3, 2), 4, capacity)
 
 
 @pytest.mark.parametrize(
@@ -236,6 +247,8 @@ def test_wrong_inputs_are_refused(layer_type):
         (dict(allocation_policy="dynamic"), "must be a SliceAllocationPolicy, one of STATIC, DYNAMIC"),
         (dict(capacity_factor=-1.0), "capacity_factor=-1.0"),
         (dict(activation="swish"), "activation='swish'"),
+        (dict(profiler=ExpertProfiler(4)), "counts 4 experts in each of 1 layers; this layer has num_experts=5"),
+        (dict(profiler=ExpertProfiler(5, 2), layer_index=2), "each of 2 layers; .* layer_index=2"),
     ],
 )
 def test_wrong_constructions_are_refused(changes, message):

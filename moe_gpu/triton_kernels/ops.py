@@ -97,6 +97,7 @@ class TritonExpertOps:
         if logits_TE.dim() != 2:
             raise ValueError(f"logits have shape {tuple(logits_TE.shape)}; expected (tokens, experts)")
         router.validate_for(logits_TE.shape[1], top_k)
+        check_capacity(capacity)
         if not self._by_triton(logits_TE):
             return reference.route_reference(logits_TE, top_k, router, bias_E, capacity)
         weights_TK, ids_TK, *rows = torch.ops.moe_gpu.route(
@@ -124,6 +125,7 @@ class TritonExpertOps:
             )
         if topk_ids_TK.dtype.is_floating_point or topk_ids_TK.dtype.is_complex:
             raise ValueError(f"topk_ids are {topk_ids_TK.dtype}; give integers")
+        check_capacity(capacity)
         ids_TK = topk_ids_TK
         if ids_TK.dtype != torch.int32:  # converting alone would wrap a wild id into range
             ids_TK = ids_TK.long().clamp(-1, num_experts).to(torch.int32)
@@ -368,6 +370,12 @@ def _has_grouped_mm() -> bool:
     except (AttributeError, RuntimeError, NotImplementedError):
         return False
     return True
+
+
+def check_capacity(capacity: int | None) -> None:
+    """Raise ValueError for an expert that may take no row: kernels would count rows below 0."""
+    if capacity is not None and capacity < 1:
+        raise ValueError(f"capacity={capacity} must be at least 1 row an expert, or None for dropless")
 
 
 def check_quantised(name: str, stack: QuantisedStack) -> None:
