@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -57,10 +58,10 @@ _ANNOUNCED: set[str] = set()
 class AdvancedMoELayer(MoEBase):
     """A MoE layer on the fastest backend the device has; `layer(x)` returns `(output, stats)`.
 
-    x: (..., input_dim) in the layer's dtype (any float dtype under autocast); output: (..., expert_dim). `hidden_dim`
-    is the experts' intermediate width. `capacity_factor=None` is dropless. `stats` is a `MoEStats`: lazy device
-    tensors. `layer.features` says which flags are served, by what, and why not; a flag whose subsystem does not exist
-    yet is never pretended: it is listed there as inactive and logged once.
+    x: (..., input_dim) in the layer's dtype (any float dtype but float64 under autocast); output: (..., expert_dim).
+    `hidden_dim` is the experts' intermediate width. `capacity_factor=None` is dropless. `stats` is a `MoEStats`: lazy
+    device tensors. `layer.features` says which flags are served, by what, and why not; a flag whose subsystem does not
+    exist yet is never pretended: it is listed there as inactive and logged once.
     `hbm_budget` (bytes, "8GiB", a share of the experts, or an ExpertCache that several layers share) keeps the experts'
     weights in host memory and as many as fit in device memory, for inference: the layer begins in eval mode.
     `use_cuda_graphs` replays the layer as a CUDA graph in eval mode without gradients, once a number of tokens repeats;
@@ -99,6 +100,11 @@ class AdvancedMoELayer(MoEBase):
             raise ValueError(
                 f"allocation_policy={allocation_policy!r} must be a SliceAllocationPolicy, "
                 f"one of {', '.join(policy.name for policy in SliceAllocationPolicy)}"
+            )
+        if profiler is not None and not profiler.has_room_for(num_experts, layer_index):
+            raise ValueError(
+                f"the profiler counts {profiler.num_experts} experts in each of {profiler.num_layers} layers; "
+                f"this layer has num_experts={num_experts} and layer_index={layer_index}"
             )
         super().__init__(
             MoEConfig(
@@ -173,8 +179,7 @@ class AdvancedMoELayer(MoEBase):
             if self._hbm is not None:
                 self._hbm.cache.synchronize()
                 self._hbm = None
-                for parameter in self._expert_parameters().values():
-                    parameter.data = parameter.data.to(self.router_weight.device)
+                self._leave_host()
             return
         self._attach(_register(self, hbm_budget if isinstance(hbm_budget, ExpertCache) else ExpertCache(hbm_budget)))
 
@@ -195,6 +200,17 @@ class AdvancedMoELayer(MoEBase):
         names = ("gate_up_proj", "down_proj", "mid_proj", "gate_up_bias", "mid_bias", "down_bias")
         found = {name: self._parameters.get(name) for name in names}
         return {name: parameter for name, parameter in found.items() if parameter is not None}
+
+    def _leave_host(self) -> None:
+        """Put the experts' weights where the router is, once there is no budget any more."""
+        for parameter in self._expert_parameters().values():
+            parameter.data = parameter.data.to(self.router_weight.device)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A pickled layer has lost its budget, if it had one; a copied one has not."""
+        super().__setstate__(state)
+        if self._hbm is None:
+            self._leave_host()
 
     def _apply(self, fn, recurse=True):
         apply = partial(super()._apply, fn, recurse)

@@ -171,11 +171,16 @@ class MoEBase(nn.Module):
     def _flatten(self, x: torch.Tensor) -> torch.Tensor:
         if x.dim() < 2 or x.shape[-1] != self.config.input_dim:
             raise ValueError(f"x has shape {tuple(x.shape)}; expected (..., input_dim={self.config.input_dim})")
-        if x.dtype != self.gate_up_proj.dtype and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != self.gate_up_proj.dtype and not self._cast_alike(x):
             raise ValueError(
                 f"x is {x.dtype} and the layer is {self.gate_up_proj.dtype}; convert one, or run under autocast"
             )
         return x if x.dim() == 2 else x.reshape(-1, self.config.input_dim)
+
+    def _cast_alike(self, x: torch.Tensor) -> bool:
+        """Whether autocast brings x and the weights to one dtype; it leaves float64 alone."""
+        wide = torch.float64 in (x.dtype, self.gate_up_proj.dtype)
+        return torch.is_autocast_enabled(x.device.type) and not wide
 
     def _logits(self, x_TH: torch.Tensor, given_TE: torch.Tensor | None) -> torch.Tensor:
         if given_TE is None:

@@ -150,6 +150,10 @@ class ExpertProfiler:
         """The int64 device counters, a row per layer as `load_state_size` says; None before the first step."""
         return self._state_LS
 
+    def has_room_for(self, num_experts: int, layer: int) -> bool:
+        """Whether it counts so many experts and has a layer of this index."""
+        return num_experts == self.num_experts and 0 <= layer < self.num_layers
+
     def record(self, demand_P: torch.Tensor, layer: int = 0) -> None:
         """Add one step's histogram (E + 1 bins, the last for invalid routes) of one layer.
 

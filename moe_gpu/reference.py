@@ -327,9 +327,13 @@ def grouped_gemm_reference(
     return torch.cat(pieces)
 
 
+def starts_aligned(tensor: torch.Tensor) -> bool:
+    """Whether the tensor starts on 64 bytes: BLAS libraries round otherwise elsewhere. torch.func's tensors hide it."""
+    return not torch._C._functorch.is_functorch_wrapped_tensor(tensor) and tensor.data_ptr() % 64 == 0
+
+
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, copied if it does not start on 64 bytes: BLAS libraries round otherwise there."""
-    return tensor if tensor.data_ptr() % 64 == 0 else tensor.clone()
+    return tensor if starts_aligned(tensor) else tensor.clone()
 
 
 def expert_rows_reference(
@@ -356,6 +360,22 @@ def expert_rows_reference(
     return torch.cat(pieces)
 
 
+_ACTIVATED_BY_ONE_THREAD = 1 << 15  # with as many numbers or more PyTorch divides them among threads, anywhere
+
+
+def _activate_by_expert(h_RG: torch.Tensor, activation: str, offsets_P: torch.Tensor) -> torch.Tensor:
+    """`activate_reference` with the bits of one expert after another, where every row has one; in a graph of all rows.
+
+    PyTorch rounds a function's last few numbers otherwise than those before, and GELU of one row otherwise than of two.
+    """
+    kind = ACTIVATIONS[activation]
+    # SiLU of gates is computed row by row, since between two rows of them lies one of the up half.
+    row_by_row = kind.function == "silu" and kind.gated and h_RG.numel() // 2 < _ACTIVATED_BY_ONE_THREAD
+    if torch.compiler.is_compiling() or kind.function == "relu" or row_by_row:
+        return activate_reference(h_RG, activation)
+    return torch.cat([activate_reference(rows, activation) for rows in h_RG.split(offsets_P.diff().tolist())])
+
+
 def experts_reference(
     x_TH: torch.Tensor,
     routing: Routing,
@@ -372,10 +392,9 @@ def experts_reference(
     offsets = routing.offsets_P
     if grouped_gemm is None:
         return combine_reference(expert_rows_reference(rows, offsets, weights, activation), routing)
-    h = activate_reference(grouped_gemm(rows, weights.up_EGH, offsets, weights.up_bias_EG), activation)
+    h = _activate_by_expert(grouped_gemm(rows, weights.up_EGH, offsets, weights.up_bias_EG), activation, offsets)
     if weights.mid_EII is not None:
-        h = grouped_gemm(h, weights.mid_EII, offsets, weights.mid_bias_EI)
-        h = activate_reference(h, activation)
+        h = _activate_by_expert(grouped_gemm(h, weights.mid_EII, offsets, weights.mid_bias_EI), activation, offsets)
     return combine_reference(grouped_gemm(h, weights.down_EOI, offsets, weights.down_bias_EO), routing)
 
 

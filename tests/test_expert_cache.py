@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import importlib.util
+import pickle
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -343,6 +344,19 @@ def test_a_copied_layer_shares_the_budget_and_a_dropped_one_gives_its_share_back
     gc.collect()
     assert cache.stats().slots_by_layer == [4]
     same_bits(cached, plain, x)
+
+
+@pytest.mark.parametrize("budget", [0.4, "100%"])
+def test_a_pickled_layer_has_no_budget(budget):
+    cached, plain = twins(budget)
+    x = torch.randn(6, 12)
+    cached(x)
+    loaded = pickle.loads(pickle.dumps(cached))
+    assert loaded.expert_cache is None
+    assert not loaded.features["expert_cache"].active
+    loaded.set_hbm_budget(0.6)
+    for layer in (loaded, cached):
+        same_bits(layer, plain, x)
 
 
 def test_a_budget_can_be_changed_and_taken_away():

@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 from moe_gpu import reference
 from moe_gpu.config import MoEConfig, RouterConfig
@@ -225,6 +226,17 @@ def test_wrong_inputs_are_refused(layer_type):
         layer(torch.randn(3, 12, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"router logits have shape \(3, 4\); expected \(3, 5\)"):
         layer(torch.randn(3, 12), torch.randn(3, 4))
+    with torch.autocast("cpu"), pytest.raises(ValueError, match=r"x is torch\.float64 and the layer is torch\.float32"):
+        layer(torch.randn(3, 12, dtype=torch.float64))  # autocast leaves float64 as it is
+
+
+@pytest.mark.parametrize("capacity", [0, -1])
+def test_capacities_without_a_row_are_refused(capacity):
+    operations = TritonExpertOps("cpu")
+    with pytest.raises(ValueError, match=f"capacity={capacity} must be at least 1"):
+        operations.route(torch.zeros(3, 4), 2, RouterConfig(), capacity=capacity)
+    with pytest.raises(ValueError, match=f"capacity={capacity} must be at least 1"):
+        operations.sort_routes(torch.zeros(3, 2, dtype=torch.int32), torch.ones(3, 2), 4, capacity)
 
 
 @pytest.mark.parametrize(
@@ -235,6 +247,8 @@ def test_wrong_inputs_are_refused(layer_type):
         (dict(allocation_policy="dynamic"), "must be a SliceAllocationPolicy, one of STATIC, DYNAMIC"),
         (dict(capacity_factor=-1.0), "capacity_factor=-1.0"),
         (dict(activation="swish"), "activation='swish'"),
+        (dict(profiler=ExpertProfiler(4)), "counts 4 experts in each of 1 layers; this layer has num_experts=5"),
+        (dict(profiler=ExpertProfiler(5, 2), layer_index=2), "each of 2 layers; .* layer_index=2"),
     ],
 )
 def test_wrong_constructions_are_refused(changes, message):
@@ -326,22 +340,67 @@ def test_counts_travel_to_the_host_on_request():
     assert copy.result().sum() == 20
 
 
-@pytest.mark.parametrize("skewed", [False, True])
-def test_all_experts_at_once_on_a_cpu_have_the_bits_of_one_after_another(skewed, monkeypatch):
+# Rows of one expert alone, and numbers enough for several threads: where activations round by the place of a number.
+@pytest.mark.parametrize("activation", ["swiglu", "geglu", "geglu_tanh", "reglu", "silu"])
+@pytest.mark.parametrize(("tokens", "hidden_dim", "skew"), [(40, 32, 0), (40, 32, 50), (2, 64, 0), (171, 80, 0)])
+def test_all_experts_at_once_on_a_cpu_have_the_bits_of_one_after_another(
+    tokens, hidden_dim, skew, activation, monkeypatch
+):
+    assert ops._has_grouped_mm()  # known from here on: a call of its own is not counted below
     calls = mock.Mock(side_effect=ops._grouped_mm)
     monkeypatch.setattr(ops, "_grouped_mm", calls)
-    layer = AdvancedMoELayer(64, 48, 32, 6, 2, use_cuda_graphs=False)
-    logits = torch.randn(40, 6)
-    logits[:, :2] += 50 * skewed  # then four experts are empty
+    torch.manual_seed(0)
+    layer = AdvancedMoELayer(64, 48, hidden_dim, 6, 3, use_cuda_graphs=False, activation=activation)
+    logits = torch.randn(tokens, 6)
+    logits[:, :3] += skew  # then three experts are empty
     results = []
     for most in (1 << 20, 0):
         monkeypatch.setattr(ops, "_MOST_AT_ONCE", most)
-        x = torch.linspace(-1, 1, 40 * 64).view(40, 64).requires_grad_()
+        x = torch.linspace(-1, 1, tokens * 64).view(tokens, 64).requires_grad_()
         out = layer(x, logits)[0]
         results.append([out, *torch.autograd.grad(out.square().sum(), [x, layer.gate_up_proj, layer.down_proj])])
     assert calls.call_count == 2
     for at_once, in_turn in zip(*results, strict=True):
         assert torch.equal(at_once, in_turn)
+
+
+@pytest.mark.parametrize("expert_dim", [1, 7, 20])
+def test_gradients_of_outputs_narrower_than_their_alignment(expert_dim):
+    layer = AdvancedMoELayer(16, expert_dim, 16, 4, 2, use_cuda_graphs=False)
+    wide = AdvancedMoELayer.from_config(layer.config, use_cuda_graphs=False).double()
+    wide.load_state_dict(layer.state_dict())
+    x = torch.randn(9, 16)
+    layer(x)[0].sum().backward()
+    wide(x.double())[0].sum().backward()
+    torch.testing.assert_close(layer.down_proj.grad.double(), wide.down_proj.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_derivatives_by_torch_func_and_forward_ones():
+    layer = AdvancedMoELayer(16, 16, 16, 4, 2, use_cuda_graphs=False)
+    parameters = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+    x, tangent = torch.randn(9, 16), torch.randn(9, 16)
+
+    def total(parameters, x):
+        return torch.func.functional_call(layer, parameters, (x,))[0].sum()
+
+    x.requires_grad_()
+    expected = torch.autograd.grad(total(dict(layer.named_parameters()), x), [layer.down_proj, x])
+    torch.testing.assert_close(torch.func.grad(total)(parameters, x)["down_proj"], expected[0])
+    with forward_ad.dual_level():
+        along = forward_ad.unpack_dual(total(parameters, forward_ad.make_dual(x.detach(), tangent))).tangent
+    torch.testing.assert_close(along, (expected[1] * tangent).sum())
+
+
+def test_given_experts_under_autocast_compute_in_its_dtype_whatever_their_number(monkeypatch):
+    layer = AdvancedMoELayer(16, 16, 16, 4, 2, use_cuda_graphs=False)
+    x = torch.randn(9, 16)
+    routing = layer(x)[1].routing
+    results = []
+    for most in (1 << 20, 0):
+        monkeypatch.setattr(ops, "_MOST_AT_ONCE", most)
+        with torch.autocast("cpu"):
+            results.append(layer.ops.experts(x, routing, layer.expert_weights))
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("changes", [{"bias": True}, {"hidden_dim": 40}, {"capacity_factor": 0.5}, {"nan": True}])

@@ -217,6 +217,10 @@ class LayerCache:
         """A copied layer shares the budget."""
         return self.cache.register(self.num_experts, self.expert_bytes)
 
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        """None where it is unpickled: another process has device memory of its own to divide."""
+        return type(None), ()
+
     def resize(self, expert_bytes: int) -> None:
         """An expert takes another number of bytes; HbmBudgetError, and nothing changed, if the budget is too small."""
         if expert_bytes == self.expert_bytes:

@@ -97,6 +97,7 @@ class TritonExpertOps:
         if logits_TE.dim() != 2:
             raise ValueError(f"logits have shape {tuple(logits_TE.shape)}; expected (tokens, experts)")
         router.validate_for(logits_TE.shape[1], top_k)
+        check_capacity(capacity)
         if not self._by_triton(logits_TE):
             return reference.route_reference(logits_TE, top_k, router, bias_E, capacity)
         weights_TK, ids_TK, *rows = torch.ops.moe_gpu.route(
@@ -124,6 +125,7 @@ class TritonExpertOps:
             )
         if topk_ids_TK.dtype.is_floating_point or topk_ids_TK.dtype.is_complex:
             raise ValueError(f"topk_ids are {topk_ids_TK.dtype}; give integers")
+        check_capacity(capacity)
         ids_TK = topk_ids_TK
         if ids_TK.dtype != torch.int32:  # converting alone would wrap a wild id into range
             ids_TK = ids_TK.long().clamp(-1, num_experts).to(torch.int32)
@@ -332,18 +334,28 @@ def _gemm_at_once(x_TH: torch.Tensor, routing: Routing, weights: ExpertWeights) 
     """What multiplies all experts' rows in one call without Triton; None: one expert after another.
 
     On a CPU it is torch's grouped_mm where a call for each expert would cost more than it computes. Only where that
-    gives the same bits: without biases, every row on 64 bytes, and no dropped routes, whose rows it would not write.
+    gives the same bits: without biases, every row and every row's gradient on 64 bytes, and no dropped routes, whose
+    rows it would not write.
     """
     traced = _traced_gemm()
-    if traced is not None or x_TH.device.type != "cpu" or x_TH.dtype != torch.float32 or not _has_grouped_mm():
+    if traced is not None or x_TH.device.type != "cpu" or x_TH.dtype != torch.float32 or not _grouped_mm_serves():
         return traced
     rows, width = routing.row_route_R.shape[0], weights.up_EGH.shape[1]
     stacks = [stack for stack in (weights.up_EGH, weights.mid_EII, weights.down_EOI) if stack is not None]
     biased = any(bias is not None for bias in (weights.up_bias_EG, weights.mid_bias_EI, weights.down_bias_EO))
-    aligned = all(w.is_contiguous() and w.shape[2] % 16 == 0 and w.data_ptr() % 64 == 0 for w in stacks)
+    aligned = all(
+        w.is_contiguous() and all(size % 16 == 0 for size in w.shape[1:]) and reference.starts_aligned(w)
+        for w in stacks
+    )
     if biased or not aligned or rows * width > _MOST_AT_ONCE or int(routing.offsets_P[-1]) < rows:
         return None
     return _grouped_mm
+
+
+def _grouped_mm_serves() -> bool:
+    """Whether torch's grouped_mm does here what `F.linear` does: it knows neither autocast nor forward derivatives."""
+    forward_derivatives = torch.autograd.forward_ad._current_level >= 0
+    return _has_grouped_mm() and not torch.is_autocast_enabled("cpu") and not forward_derivatives
 
 
 def _grouped_mm(a_RK: torch.Tensor, w_ENK: torch.Tensor, offsets_P: torch.Tensor, _bias: None) -> torch.Tensor:
@@ -358,6 +370,12 @@ def _has_grouped_mm() -> bool:
     except (AttributeError, RuntimeError, NotImplementedError):
         return False
     return True
+
+
+def check_capacity(capacity: int | None) -> None:
+    """Raise ValueError for an expert that may take no row: kernels would count rows below 0."""
+    if capacity is not None and capacity < 1:
+        raise ValueError(f"capacity={capacity} must be at least 1 row an expert, or None for dropless")
 
 
 def check_quantised(name: str, stack: QuantisedStack) -> None:
