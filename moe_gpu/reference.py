@@ -327,9 +327,16 @@ def grouped_gemm_reference(
     return torch.cat(pieces)
 
 
+def begins_aligned(tensor: torch.Tensor) -> bool:
+    """Whether it starts on 64 bytes: BLAS libraries round otherwise elsewhere."""
+    try:
+        return tensor.data_ptr() % 64 == 0
+    except RuntimeError:  # it has no memory of its own, as inside torch.func's transforms
+        return False
+
+
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, copied if it does not start on 64 bytes: BLAS libraries round otherwise there."""
-    return tensor if tensor.data_ptr() % 64 == 0 else tensor.clone()
+    return tensor if begins_aligned(tensor) else tensor.clone()
 
 
 def expert_rows_reference(

@@ -25,8 +25,10 @@ from tests.huggingface_cases import (
     routes,
     run,
 )
+from tests.training_cases import one_thread  # noqa: F401
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+pytest.importorskip("transformers.integrations.moe", reason="this transformers has no experts interface")
 
 _SIZES = dict(
     vocab_size=VOCABULARY,
@@ -194,13 +196,31 @@ def test_a_copy_is_disabled_without_its_model():
 @pytest.mark.parametrize("name", MODELS)
 def test_an_enabled_model_on_the_meta_device_has_shapes_and_gradients(name):
     model = make_model(name)
-    enable(model)
+    profiler = ExpertProfiler(experts_of(model)[0].num_experts, num_layers=2)
+    enable(model, profiler)
     model.to("meta")
     logits = model(prompt("meta")).logits
     assert (logits.shape, logits.device.type) == ((2, 9, VOCABULARY), "meta")
     logits.sum().backward()
     experts = experts_of(model)[0]
     assert experts.down_proj.grad.shape == experts.down_proj.shape
+    assert profiler.state_LS is None
+
+
+def test_the_gradients_of_torch_func_are_those_of_the_loop():
+    experts = experts_of(make_model("qwen3_moe"))[0]
+    hidden, ids, weights = routes(experts)
+    parameters = {name: parameter.detach() for name, parameter in experts.named_parameters()}
+
+    def loss(parameters: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.func.functional_call(experts, parameters, (hidden, ids, weights)).square().sum()
+
+    expected = torch.func.grad(loss)(parameters)
+    enable(experts)
+    got = torch.func.grad(loss)(parameters)
+    for name, gradient in expected.items():
+        assert gradient.abs().max() > 1
+        torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])

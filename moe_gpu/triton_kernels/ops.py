@@ -344,7 +344,7 @@ def _gemm_at_once(x_TH: torch.Tensor, routing: Routing, weights: ExpertWeights) 
     rows, width = routing.row_route_R.shape[0], weights.up_EGH.shape[1]
     stacks = [stack for stack in (weights.up_EGH, weights.mid_EII, weights.down_EOI) if stack is not None]
     biased = any(bias is not None for bias in (weights.up_bias_EG, weights.mid_bias_EI, weights.down_bias_EO))
-    aligned = all(w.is_contiguous() and w.shape[2] % 16 == 0 and w.data_ptr() % 64 == 0 for w in stacks)
+    aligned = all(w.is_contiguous() and w.shape[2] % 16 == 0 and reference.begins_aligned(w) for w in stacks)
     if biased or not aligned or rows * width > _MOST_AT_ONCE or int(routing.offsets_P[-1]) < rows:
         return None
     return _grouped_mm
