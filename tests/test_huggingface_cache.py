@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import sys
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
@@ -28,6 +30,7 @@ from moe_gpu.huggingface import features, forward, get_performance_stats  # noqa
 from moe_gpu.huggingface.host_weights import StayingOnHost  # noqa: E402
 from tests.huggingface_cases import (  # noqa: E402
     FUSED,
+    VOCABULARY,
     attachment_of,
     check_outcome,
     expert_bytes,
@@ -357,3 +360,24 @@ def test_a_compiled_model_breaks_its_graph_at_experts_under_a_budget():
         with pytest.raises(Exception, match="decides on the host which experts to load"):
             torch.compile(model, backend="eager", fullgraph=True)(prompt(), use_cache=False)
     assert get_performance_stats(model)["model.layers.0.mlp.experts"]["expert_cache"].counts.steps >= 4
+
+
+def test_threads_that_share_a_budget_get_the_bits_of_resident_weights():
+    model = make_model("qwen3_moe")
+    prompts = [torch.randint(2, VOCABULARY, (1, 5), generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    with torch.no_grad():
+        enable(model)
+        expected = [model(one).logits for one in prompts]
+        enable(model, hbm_budget="34%")
+
+    def differing(index: int) -> int:
+        with torch.no_grad():
+            return sum(not torch.equal(model(prompts[index]).logits, expected[index]) for _ in range(10))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            assert sum(pool.map(differing, range(len(prompts)))) == 0
+    finally:
+        sys.setswitchinterval(interval)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import sys
 from dataclasses import fields, replace
 
 import pytest
+import torch
 
 from moe_gpu.cli import main
 from moe_gpu.training import TrainConfig, assignments, config_reference, read_config, with_fields
@@ -89,6 +91,13 @@ def test_an_empty_yaml_file_is_the_default_run(tmp_path):
         ("run.yaml", "sample_prompt: ''", ["sample_prompt=''", "at least one character"]),
         ("run.yaml", "data: 7", ["data=7", "list of files"]),
         ("run.yaml", "device: tpu", ["'tpu'", "cpu, cuda"]),
+        ("run.yaml", "device: null", ["device=None", "cpu, cuda"]),
+        ("run.yaml", "device: yes", ["device=True", "cpu, cuda"]),
+        ("run.json", '{"device": ["cpu"]}', ["device=['cpu']", "cpu, cuda"]),
+        ("run.yaml", "seed: true", ["seed=True", "an integer"]),
+        ("run.yaml", f"learning_rate: 1{'0' * 400}", ["learning_rate=1000", "a finite number"]),
+        ("run.yaml", f"batch_size: 1{'0' * 23}", ["batch_size=1000", "below 2**31"]),
+        ("run.yaml", r'sample_prompt: "\uDCE9"', ["sample_prompt='\\udce9'", "not UTF-8"]),
     ],
 )
 def test_a_bad_file_is_one_line_and_status_2(name, content, said, here, capsys):
@@ -166,11 +175,51 @@ def test_generate_goes_on_from_a_prompt(here, capsys):
         (["--temperature", "-1"], "temperature=-1.0"),
         (["--tokens", "0"], "at least 1"),
         (["--tokens", "1000000"], "num_tokens=1000000"),
+        (["--prompt", "caf\udce9"], "prompt='caf\\udce9' is not UTF-8"),
+        (["--seed", str(2**64)], "seed=18446744073709551616"),
     ):
         assert main(["generate", "out", *arguments]) == 2
         assert said in capsys.readouterr().err
     assert main(["generate", "nowhere"]) == 2
     assert "there is no checkpoint" in capsys.readouterr().err
+
+
+def test_names_of_files_that_are_not_utf_8_do_not_end_a_run(here, monkeypatch):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    data, output = "caf\udce9.txt", "r\udce9sum"
+    (here / data).write_bytes(b"the cat sat on the mat. " * 200)
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")  # as on a terminal: refuses what is not text
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert main(["train", *small("steps=2"), "--data", data, "--output-dir", output]) == 0
+    stdout.flush()
+    assert r"caf\udce9.txt" in stdout.buffer.getvalue().decode()
+    assert read_config(here / output / "config.json").data == (data,)
+
+
+def _allocate_too_much(*_: object, **__: object) -> None:
+    torch.empty(1 << 50)
+
+
+def _allocate_too_much_by_python(*_: object, **__: object) -> None:
+    bytearray(1 << 60)
+
+
+def _allocate_too_much_on_a_gpu(*_: object, **__: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation")
+
+
+@pytest.mark.parametrize(
+    "allocate",
+    [_allocate_too_much, _allocate_too_much_by_python, _allocate_too_much_on_a_gpu],
+    ids=["cpu", "py", "gpu"],
+)
+def test_no_memory_is_one_line_and_status_1(allocate, here, capsys, monkeypatch):
+    monkeypatch.setattr("moe_gpu.runs.train", allocate)
+    assert main(["train", *small("steps=2"), "--output-dir", "out"]) == 1
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1, line
+    assert "out of memory (" in line
+    assert "smaller sizes" in line
 
 
 @pytest.mark.parametrize(

@@ -379,6 +379,7 @@ app.command()(completion.completion)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status; wrong arguments, files and folders are one line and status 2."""
+    _print_any_name()
     try:
         status = app(args=arguments, prog_name="moe-gpu", standalone_mode=False)
     except _USAGE_ERROR as error:
@@ -398,12 +399,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, OSError) and error.filename and error.strerror:
             return _fail(f"{error.filename}: {error.strerror}")
         return _fail(str(error))
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
         from moe_gpu.nvml import NvmlUnavailableError
 
-        if not isinstance(error, NvmlUnavailableError) or os.environ.get("MOE_GPU_TRACEBACK") == "1":
+        line = str(error) if isinstance(error, NvmlUnavailableError) else _out_of_memory(error)
+        if line is None or os.environ.get("MOE_GPU_TRACEBACK") == "1":
             raise
-        return _fail(str(error), status=1)
+        return _fail(line, status=1)
     except ImportError as error:
         from moe_gpu.extras import MissingExtraError
 
@@ -416,6 +418,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _interrupted(what: str) -> int:
     print(f"moe-gpu: {what}", file=sys.stderr)
     return 130
+
+
+def _out_of_memory(error: BaseException) -> str | None:
+    """The line for a machine without the memory, or None for another error: on a CPU PyTorch has no class for it."""
+    said = str(error)
+    if isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said:
+        return f"out of memory ({said.splitlines()[0] if said else 'no more is known'}); ask for smaller sizes"
+    return None
+
+
+def _print_any_name() -> None:
+    """Let stdout take file names that are not UTF-8, as stderr does: a name must not end a run that is done."""
+    if getattr(sys.stdout, "errors", None) == "strict" and hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _fail(message: str, status: int = 2) -> int:

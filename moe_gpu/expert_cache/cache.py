@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 import weakref
 from collections.abc import Sequence
@@ -100,6 +101,7 @@ class ExpertCache:
         self._counts = Counts()
         self._lanes: dict[torch.device, CopyLane] = {}
         self._pageable: str | None = None
+        self.one_at_a_time = threading.RLock()  # what one thread's step reads from slots, another's may replace
 
     @property
     def layers(self) -> list[LayerCache]:
@@ -273,6 +275,7 @@ class LayerCache:
         """The routed experts' weighted output (T, O), to the bit that of `ops.experts` with all weights on x's device.
 
         weights: the layer's parameters, which live in host memory; they are moved and pinned in place if they do not.
+        Threads take turns under one budget; on a GPU all of them must use one stream.
         Raises ValueError where a gradient is asked for or a partly resident layer is captured in a graph, and
         HbmMemoryError if the slots do not fit into the device's memory.
         """
@@ -280,6 +283,12 @@ class LayerCache:
             t is not None and t.requires_grad for t in (x_TH, routing.topk_weights_TK, *weights.tensors())
         ):
             raise ValueError("hbm_budget serves inference only and a gradient is asked for; run under torch.no_grad()")
+        with self.cache.one_at_a_time:
+            return self._run(x_TH, routing, weights, activation, ops)
+
+    def _run(
+        self, x_TH: torch.Tensor, routing: Routing, weights: ExpertWeights, activation: str, ops: Ops
+    ) -> torch.Tensor:
         layer = self.cache.book().layers[self.index]
         stale = self._seen != self._identity(weights, x_TH.device)
         if is_capturing(x_TH.device) and (not self.whole or stale or not layer.full):

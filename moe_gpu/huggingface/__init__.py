@@ -117,12 +117,12 @@ def enable(
     if profiler is not None:
         _attach_on_gpu(profiler, device)
     shared = {id(module.config) for module in served}
-    attachments = [Attachment(module.config, module.config._experts_implementation) for module in found.refused]
+    attachments = [Attachment(module.config, _named_before(module.config)) for module in found.refused]
     readers: dict[torch.device, EnergyReader] = {}
     for index, module in enumerate(served):
         attachment = Attachment(
             module.config,
-            module.config._experts_implementation,
+            _named_before(module.config),
             True,
             index,
             profiler,
@@ -139,6 +139,7 @@ def enable(
         if id(module.config) in shared:
             setattr(module, ATTACHMENT, attachment)
             module.config = copy.copy(module.config)
+            _choose(module.config, attachment.previous)
     for module in served:
         _choose(module.config, NAME)
     rows = [replace(row, features=features_of(found.served[row.module])) if row.covered else row for row in found.rows]
@@ -171,6 +172,13 @@ def _detach(model: nn.Module, staying_on_host: Sequence[Any] = ()) -> None:
         else:
             module.config = attachment.config
         delattr(module, ATTACHMENT)
+        attachment.retire()
+
+
+def _named_before(config: Any) -> str | None:
+    """What `disable` gives a configuration back, though another model that shares it may have been enabled first."""
+    chosen = config._experts_implementation
+    return Attachment.previous_of(config) if chosen == NAME else chosen
 
 
 def _choose(config: Any, implementation: str | None) -> None:

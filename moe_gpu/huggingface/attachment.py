@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,8 @@ from moe_gpu.layer_energy import EnergyReader, LayerEnergy
 from moe_gpu.model import sm_budget_of
 from moe_gpu.profiler import ExpertProfiler
 from moe_gpu.slices.plan import GPUSlice
+
+_LIVING: weakref.WeakSet[Attachment] = weakref.WeakSet()  # models may share a configuration; only here they meet
 
 
 @dataclass(eq=False)
@@ -41,6 +44,18 @@ class Attachment:
     slice: GPUSlice | None = None
     top_k: int | None = None
     graph_owner: int = field(default_factory=CUDAGraphManager.new_owner)
+
+    def __post_init__(self) -> None:
+        _LIVING.add(self)
+
+    @staticmethod
+    def previous_of(config: Any) -> str | None:
+        """What a configuration that names us named before, by any module attached to it; else what it names now."""
+        return next((one.previous for one in _LIVING if one.config is config), config._experts_implementation)
+
+    def retire(self) -> None:
+        """The module was let go: its configuration may name us again by another's choice."""
+        _LIVING.discard(self)
 
     def __deepcopy__(self, memo: dict) -> Attachment:
         return Attachment(

@@ -106,7 +106,8 @@ def _route(
     routing = ops.sort_routes(top_k_index, top_k_weights, num_experts)
     if dtype == torch.float64:  # the reference serves, and need not round them to float32
         routing = replace(routing, topk_weights_TK=top_k_weights.double())
-    if attachment is not None and attachment.profiler is not None:
+    on_meta = top_k_index.device.type == "meta"  # where shapes are all that there is
+    if attachment is not None and attachment.profiler is not None and not on_meta:
         attachment.profiler.record(routing.demand_P, attachment.layer_index)
     return routing
 

@@ -63,6 +63,8 @@ class Conventions:
             return None  # somebody watches it
         if type(act_fn) is nn.GELU:
             return "gelu" if act_fn.approximate == "none" else "gelu_tanh"
+        if act_fn is nn.functional.silu:  # LFM2-MoE's
+            return "silu"
         return self.functions.get(type(act_fn))
 
 
@@ -222,8 +224,8 @@ def compute_dtype(like: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.
     """The dtype that products of these two weights run in."""
     kinds = [like.dtype if weight.dtype == FP8 else weight.dtype for weight in weights]
     dtype = torch.promote_types(kinds[0], kinds[1])
-    # Autocast leaves float64 as it is.
-    if torch.is_autocast_enabled(like.device.type) and dtype != torch.float64:
+    # Autocast leaves float64 as it is, and does not know the meta device.
+    if like.device.type != "meta" and torch.is_autocast_enabled(like.device.type) and dtype != torch.float64:
         return torch.get_autocast_dtype(like.device.type)
     return dtype
 

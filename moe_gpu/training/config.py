@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -135,8 +136,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in _AT_LEAST_ONE:
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}={value!r} must be an integer of at least 1")
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
+                raise ValueError(f"{name}={value!r} must be an integer of at least 1 and below 2**31")
         for name in (*_NOT_NEGATIVE, "learning_rate", "grad_clip"):
             value = getattr(self, name)
             limit = "0 or more" if name in _NOT_NEGATIVE else "above 0"
@@ -152,17 +153,19 @@ class TrainConfig:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(choices)}")
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed!r} must be an integer between 0 and 2**63 - 1")
         if not isinstance(self.sample_every, int) or isinstance(self.sample_every, bool) or self.sample_every < 0:
             raise ValueError(f"sample_every={self.sample_every!r} must be an integer of at least 0 (0: no samples)")
         if not isinstance(self.sample_prompt, str) or not self.sample_prompt:
             raise ValueError(f"sample_prompt={self.sample_prompt!r} must be text of at least one character")
+        if not is_unicode(self.sample_prompt):
+            raise ValueError(f"sample_prompt={self.sample_prompt!r} is not UTF-8; give text that is")
         self._check_sizes()
         if isinstance(self.data, str | Path) or not all(isinstance(path, str | Path) for path in self.data):
             raise ValueError(f"data={self.data!r} must be a tuple of paths")
         try:
-            kind = torch.device(self.device).type
+            kind = torch.device(self.device).type if isinstance(self.device, str) else None
         except RuntimeError:
             kind = None
         if kind not in ("cpu", "cuda"):
@@ -299,4 +302,13 @@ class TrainConfig:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def is_unicode(text: str) -> bool:
+    """Whether it is text: an argument that is not UTF-8 reaches Python with bytes for characters."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

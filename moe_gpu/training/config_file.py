@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -90,7 +91,7 @@ def _read(name: str, kind: str, value: Any) -> Any:
             raise ValueError(f"data={value!r} must be a list of files")
         return tuple(paths)
     if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return float(value) if abs(value) <= sys.float_info.max else value
     if not isinstance(value, str) or kind == "str":
         return value
     try:

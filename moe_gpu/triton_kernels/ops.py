@@ -318,13 +318,17 @@ class TritonExpertOps:
         if a_RK.dtype != w_ENK.dtype:
             raise ValueError(f"a is {a_RK.dtype} and w is {w_ENK.dtype}; convert one")
         if not self._by_triton(a_RK):
-            return (_traced_gemm() or reference.grouped_gemm_reference)(a_RK, w_ENK, offsets_P, bias_EN)
+            return (_traced_gemm(a_RK) or reference.grouped_gemm_reference)(a_RK, w_ENK, offsets_P, bias_EN)
         return torch.ops.moe_gpu.grouped_gemm(a_RK, w_ENK, bias_EN, offsets_P, self.sm_budget)
 
 
-def _traced_gemm() -> Callable[..., torch.Tensor] | None:
-    """While a graph is traced, the operator that stands for the reference's grouped product."""
-    return torch.ops.moe_gpu.grouped_gemm_reference if torch.compiler.is_compiling() else None
+def _traced_gemm(a_RK: torch.Tensor) -> Callable[..., torch.Tensor] | None:
+    """The operator that stands for the reference's grouped product where there are no offsets to read on the host.
+
+    That is so while a graph is traced, and on the meta device.
+    """
+    unread = torch.compiler.is_compiling() or a_RK.device.type == "meta"
+    return torch.ops.moe_gpu.grouped_gemm_reference if unread else None
 
 
 _MOST_AT_ONCE = 1 << 20  # pre-activations on a CPU; with more, one expert after another stays in the caches
@@ -337,7 +341,7 @@ def _gemm_at_once(x_TH: torch.Tensor, routing: Routing, weights: ExpertWeights) 
     gives the same bits: without biases, every row and every row's gradient on 64 bytes, and no dropped routes, whose
     rows it would not write.
     """
-    traced = _traced_gemm()
+    traced = _traced_gemm(x_TH)
     if traced is not None or x_TH.device.type != "cpu" or x_TH.dtype != torch.float32 or not _grouped_mm_serves():
         return traced
     rows, width = routing.row_route_R.shape[0], weights.up_EGH.shape[1]
