@@ -367,14 +367,15 @@ _ACTIVATED_BY_ONE_THREAD = 1 << 15  # with as many numbers or more PyTorch divid
 
 
 def _activate_by_expert(h_RG: torch.Tensor, activation: str, offsets_P: torch.Tensor) -> torch.Tensor:
-    """`activate_reference` with the bits of one expert after another, where every row has one; in a graph of all rows.
+    """`activate_reference` with the bits of one expert after another, where every row has one; of all rows in a trace.
 
     PyTorch rounds a function's last few numbers otherwise than those before, and GELU of one row otherwise than of two.
     """
     kind = ACTIVATIONS[activation]
     # SiLU of gates is computed row by row, since between two rows of them lies one of the up half.
     row_by_row = kind.function == "silu" and kind.gated and h_RG.numel() // 2 < _ACTIVATED_BY_ONE_THREAD
-    if torch.compiler.is_compiling() or kind.function == "relu" or row_by_row:
+    unread = torch.compiler.is_compiling() or h_RG.device.type == "meta"  # offsets that nothing can read
+    if unread or kind.function == "relu" or row_by_row:
         return activate_reference(h_RG, activation)
     return torch.cat([activate_reference(rows, activation) for rows in h_RG.split(offsets_P.diff().tolist())])
 

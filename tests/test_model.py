@@ -416,6 +416,16 @@ def test_experts_are_computed_in_turn_where_bits_or_dropped_rows_ask_for_it(chan
     assert layer(torch.randn(40, 64), logits)[0].isfinite().all()
 
 
+@pytest.mark.parametrize("activation", ["swiglu", "geglu"])
+def test_experts_tell_their_shapes_on_the_meta_device(activation):
+    x = torch.empty(900, 64, device="meta", requires_grad=True)
+    routing = reference.route_reference(torch.empty(900, 6, device="meta"), 2, RouterConfig())
+    weights = reference.ExpertWeights(*(torch.empty(6, *shape, device="meta") for shape in ((256, 64), (48, 128))))
+    out = TritonExpertOps("meta").experts(x, routing, weights, activation)
+    assert out.shape == (900, 48)
+    assert torch.autograd.grad(out.sum(), x)[0].shape == x.shape
+
+
 def test_wild_ids_are_dropped_whatever_their_width():
     ids = torch.tensor([[0, 2**32 + 1], [-(2**40), 3], [1, 4]])
     routing = TritonExpertOps("cpu").sort_routes(ids, torch.ones(3, 2), num_experts=4)
