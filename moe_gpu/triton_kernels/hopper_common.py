@@ -11,6 +11,7 @@ address round 2^64, so that the hardware itself clips loads and stores at the ex
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -324,13 +325,16 @@ def list_row_tiles(offsets_P: torch.Tensor, num_rows: int, tile_rows: int = TILE
     return RowTiles(tiles, capacity, num_rows)
 
 
+_NUMBERS = itertools.count()
+
+
 @functools.cache
 def _box(dtype: torch.dtype, *block: int) -> dict[str, Any]:
-    """What all descriptors of one box have in common, from one that has checked itself."""
+    """What all descriptors of one box have in common, from one that has checked itself; `box` numbers it."""
     layout = gl.NVMMASharedLayout.get_default_for(list(block), gl.float16 if dtype == torch.float16 else gl.bfloat16)
     rank = len(block)
     sample = TensorDescriptor(torch.empty(8, dtype=dtype), [1] * rank, [8] * (rank - 1) + [1], list(block), layout)
-    return vars(sample)
+    return {**vars(sample), "box": next(_NUMBERS)}
 
 
 def _describe(tensor: torch.Tensor, shape: list[int], strides: list[int], *block: int) -> TensorDescriptor:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
 import triton
 import triton.language as tl
+from triton import knobs
+from triton.backends.nvidia import driver as nvidia
 from triton.compiler import CompiledKernel
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.knobs import HookChain
 from triton.runtime import driver
 
 from moe_gpu.triton_kernels import launch as launching
-from moe_gpu.triton_kernels.hopper_common import matrix, ragged
+from moe_gpu.triton_kernels.hopper import grouped_gemm_hopper
+from moe_gpu.triton_kernels.hopper_common import list_row_tiles, matrix, ragged
+from moe_gpu.triton_kernels.tuning import HopperConfig
 from tests.aot.compiling import _NoGpu
 
 
@@ -60,19 +66,19 @@ def test_a_key_is_at_least_as_fine_as_what_triton_compiles_for():
             _, specialization, rest = binder(*arguments, **options)
             constants = {name: options[name] for name in ("WIDTH", "FLAG")}
             found = f"{specialization} {rest} {constants}"
-            key = launching._key_of(_kernel, arguments, options)
-            assert key is not None
+            key, values = launching._key_of(_kernel, arguments, options)
+            assert values == [value.data_ptr() if isinstance(value, torch.Tensor) else value for value in arguments]
             assert compiled_for.setdefault(key, found) == found
     assert len(compiled_for) > 25
 
 
 def test_other_devices_kernels_and_unknown_arguments_do_not_share():
-    here = launching._key_of(_kernel, FIRST, {})
+    here, _ = launching._key_of(_kernel, FIRST, {})
     assert here[1] == -1
-    assert launching._key_of(object(), FIRST, {}) != here
+    assert launching._key_of(object(), FIRST, {})[0] != here
     assert launching._key_of(_kernel, (*FIRST, (1, 2)), {}) is None
     with mock.patch.object(torch.Tensor, "get_device", return_value=3):
-        there = launching._key_of(_kernel, (None, FIRST[0], *FIRST[2:]), {})
+        there, _ = launching._key_of(_kernel, (None, FIRST[0], *FIRST[2:]), {})
         assert there[1] == 3
 
 
@@ -91,6 +97,8 @@ def test_a_kernel_runs_on_the_device_of_its_tensors(kernel):
 class _Compiled(CompiledKernel):
     def __init__(self, calls: list) -> None:
         self.calls = calls
+
+    run = None  # no launcher that is known
 
     def __getitem__(self, grid):
         return lambda *arguments: self.calls.append((grid, arguments))
@@ -115,7 +123,7 @@ class _Kernel:
 
 @pytest.fixture
 def kernel():
-    with mock.patch.dict(launching._COMPILED, clear=True):
+    with mock.patch.dict(launching._KNOWN, clear=True):
         yield _Kernel()
 
 
@@ -149,5 +157,80 @@ def test_descriptors_made_without_checks_equal_checked_ones():
     tensor = torch.zeros(128, 64, dtype=torch.float16)
     fast = matrix(tensor, 64, 64)
     checked = TensorDescriptor(tensor, [128, 64], [64, 1], [64, 64], fast.layout)
-    assert vars(fast).keys() == vars(checked).keys()
+    assert vars(fast).keys() == vars(checked).keys() | {"box"}
     assert all(vars(fast)[name] is value or vars(fast)[name] == value for name, value in vars(checked).items())
+
+
+class _Utils:
+    """Stands for what Triton's driver does in C; a descriptor is encoded as what it was made from."""
+
+    def load_binary(self, *_):
+        return 0, 77, 32, 0, 1024
+
+    def get_device_properties(self, _):
+        return {"max_shared_mem": 232448}
+
+    def fill_tma_descriptor(self, *arguments):
+        return "encoded", *arguments[:5], *map(tuple, arguments[5:7]), arguments[7]
+
+
+class _Driver(_NoGpu):
+    utils = _Utils()
+    launcher_cls = nvidia.CudaLauncher
+
+    def get_current_stream(self, _):
+        return 5
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Every launch, as Triton's launcher in C is called, with tensors as addresses."""
+    found: list[tuple] = []
+    bare = SimpleNamespace(launch=lambda *a: found.append(tuple(getattr(x, "data_ptr", lambda x=x: x)() for x in a)))
+    monkeypatch.setattr(nvidia, "library_dirs", list)
+    monkeypatch.setattr(nvidia, "compile_module_from_src", lambda **_: bare)
+    monkeypatch.setattr(driver, "_active", _Driver(90))
+    monkeypatch.setattr(launching, "_has_pdl", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
+    with mock.patch.dict(launching._KNOWN, clear=True), mock.patch.dict(launching._ENCODED, clear=True):
+        yield found
+
+
+OPERANDS = [(torch.zeros(256, 64), torch.zeros(2, 128, 64), torch.zeros(256, 128)) for _ in range(2)]
+OPERANDS = [tuple(tensor.bfloat16() for tensor in operands) for operands in OPERANDS]
+
+
+def _gluon_product(number: int) -> None:
+    """One of the kernels that take descriptors, and the list of row tiles before it, on operands of its own."""
+    x, w, out = OPERANDS[number]
+    grouped_gemm_hopper(x, w, list_row_tiles(OFFSETS, 256), HopperConfig(3), 4, out=out)
+
+
+OFFSETS = torch.tensor([0, 100, 256], dtype=torch.int32)
+
+
+@pytest.mark.skipif(not triton.__version__.startswith("3.6."), reason="other versions are called as they want to be")
+def test_what_is_launched_below_triton_is_what_triton_launches(launches, monkeypatch):
+    made: dict = {}  # so that a call's own tensors lie where they lay before
+    monkeypatch.setattr(torch, "empty", lambda *a, _new=torch.empty, **k: made.setdefault(a, _new(*a, **k)))
+    _gluon_product(0)  # compiles, and is launched by Triton
+    assert all(known.bare is not None for known in launching._KNOWN.values())
+    with monkeypatch.context() as by_triton:
+        by_triton.setattr(launching, "_KNOWN", {k: known._replace(bare=None) for k, known in launching._KNOWN.items()})
+        for number in (0, 1):
+            _gluon_product(number)
+    for number in (0, 1, 0):
+        _gluon_product(number)
+    _, _, *expected = launches[:6]
+    found = launches[6:]
+    hooks = slice(10, 13)  # empty ones from Triton, none from us
+    for ours, theirs in zip(found, expected + expected[:2], strict=True):
+        assert ours[hooks] == (None, None, None)
+        assert ours[: hooks.start] + ours[hooks.stop :] == theirs[: hooks.start] + theirs[hooks.stop :]
+    assert found[0] != found[2] or found[1] != found[3], "the operands lie elsewhere"
+    assert [launched[6] for launched in found[:2]] == [True, False], "only the list may start early"
+    hook = HookChain()
+    hook.add(lambda metadata: None)
+    monkeypatch.setattr(knobs.runtime, "launch_enter_hook", hook)
+    _gluon_product(0)
+    assert [launched[11] is hook for launched in launches[-2:]] == [True, True], "a profiler is told of every launch"
