@@ -23,7 +23,6 @@ import torch
 from moe_gpu.files import device_cache_path, device_file_name, write_atomically
 from moe_gpu.results import Ceiling, Machine
 from moe_gpu.triton_kernels.tuning import (
-    HOPPER_HIDDEN_BYTES,
     HOPPER_MIN_ROWS_PER_EXPERT,
     KINDS,
     GemmConfig,
@@ -141,12 +140,9 @@ def choose_tile(
 
     shape: (N, K) of one expert's weights as the product takes them; without it, or without a device name, no table is
     asked. hopper: whether the kernels for Hopper can serve; below HOPPER_MIN_ROWS_PER_EXPERT they do not, whatever a
-    table says, since it holds the device's times and not the host's, unless the weights take longer to read than the
-    host takes to launch.
+    table says, since it holds the device's times and not the host's.
     """
     few = hopper and num_rows < HOPPER_MIN_ROWS_PER_EXPERT * num_experts
-    if few and shape is not None:
-        few = num_experts * math.prod(shape) * dtype.itemsize < HOPPER_HIDDEN_BYTES
     hopper = hopper and not few
     if shape is not None and device_name is not None:
         cell = Cell(kind, dtype.itemsize * 8, rows_bucket(num_rows, num_experts), *shape, sms)
