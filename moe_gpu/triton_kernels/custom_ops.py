@@ -66,6 +66,32 @@ _SCHEMAS = {
 }
 
 
+# Arguments of which no subclass of a tensor, fake or distributed, is one.
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str, torch.dtype})
+
+
+def call(name: str, *arguments: Any) -> Any:
+    """`torch.ops.moe_gpu.<name>(*arguments)`, past the dispatcher where that is the same and costs the host less."""
+    if _dispatched(arguments):
+        return getattr(torch.ops.moe_gpu, name)(*arguments)
+    return globals()[f"_{name}"](*arguments)
+
+
+def _dispatched(arguments: tuple[Any, ...]) -> bool:
+    """Whether anything would see an operator's call: gradients, tracing, modes, transforms, a profiler, a subclass."""
+    return (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or arguments[0].is_meta
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch.autograd._profiler_enabled()
+        or torch.jit.is_tracing()
+        or not _PLAIN.issuperset(map(type, arguments))
+    )
+
+
 _router = functools.lru_cache(maxsize=64)(RouterConfig)
 
 
@@ -368,7 +394,7 @@ def _grad_route(ctx, grad_weights, *_integers):
     logits, ids, weights = ctx.saved_tensors
     grad = None
     if grad_weights is not None:
-        grad = torch.ops.moe_gpu.route_backward(logits, ids, weights, grad_weights, *ctx.router)
+        grad = call("route_backward", logits, ids, weights, grad_weights, *ctx.router)
     return grad, None, None, *(None for _ in ctx.router), None
 
 
@@ -390,7 +416,7 @@ def _grad_experts(ctx, grad_out, _h, _h2):
     need = ctx.needs_input_grad
     need_weights = any(need[6:12])
     rest = (ctx.activation, ctx.sm_budget, h, h2, need[0], need_weights)
-    grads = torch.ops.moe_gpu.experts_backward(grad_out, *tensors, *rest)
+    grads = call("experts_backward", grad_out, *tensors, *rest)
     grad_x, grad_weights, *grad_parameters = grads
     parameters = tensors[6:12]
     wanted = [grad if need[6 + i] and parameters[i] is not None else None for i, grad in enumerate(grad_parameters)]
@@ -403,7 +429,7 @@ def _save_permute(ctx, inputs, output):
 
 def _grad_permute(ctx, grad):
     (row_of_route,) = ctx.saved_tensors
-    return torch.ops.moe_gpu.sum_routes(grad.contiguous(), row_of_route), None, None, None
+    return call("sum_routes", grad.contiguous(), row_of_route), None, None, None
 
 
 def _save_combine(ctx, inputs, output):
@@ -412,9 +438,7 @@ def _save_combine(ctx, inputs, output):
 
 def _grad_combine(ctx, grad):
     y, weights, row_route, row_of_route, offsets = ctx.saved_tensors
-    grad_y, grad_weights = torch.ops.moe_gpu.combine_backward(
-        grad.contiguous(), y, weights, row_route, row_of_route, offsets
-    )
+    grad_y, grad_weights = call("combine_backward", grad.contiguous(), y, weights, row_route, row_of_route, offsets)
     return grad_y, grad_weights, None, None, None
 
 
@@ -425,9 +449,7 @@ def _save_grouped_gemm(ctx, inputs, output):
 
 def _grad_grouped_gemm(ctx, grad):
     a, w, bias, offsets = ctx.saved_tensors
-    grad_a, grad_w, grad_bias_ = torch.ops.moe_gpu.grouped_gemm_backward(
-        grad.contiguous(), a, w, bias, offsets, ctx.sm_budget
-    )
+    grad_a, grad_w, grad_bias_ = call("grouped_gemm_backward", grad.contiguous(), a, w, bias, offsets, ctx.sm_budget)
     return grad_a, grad_w, None if bias is None else grad_bias_, None, None
 
 
@@ -449,8 +471,11 @@ def _autograd_kernel(name: str, backward: Callable[..., Any], save: Callable[...
     the whole schema once for each argument, 0.1 ms for fifteen, and these operators have no defaults.
     """
     operator = getattr(getattr(torch.ops, NAMESPACE), name).default
+    implementation = globals()[f"_{name}"]
 
     def below(keyset, *arguments):
+        if not _dispatched(arguments):
+            return implementation(*arguments)
         with torch._C._AutoDispatchBelowAutograd():
             return operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
 

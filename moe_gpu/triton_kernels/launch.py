@@ -41,7 +41,9 @@ class _Bare(NamedTuple):
 _KNOWN: dict[tuple[Any, ...], _Known] = {}
 # Descriptors as the launcher takes them, by address, box, shape and strides: steady calls meet the same ones again.
 _ENCODED: dict[tuple[Any, ...], list[Any]] = {}
-_MAX_ENCODED = 8192
+# What Triton asks of an integer, by the integer: sizes and strides are the same few.
+_INTEGERS: dict[int, int] = {}
+_MOST_KEPT = 8192
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
@@ -113,10 +115,18 @@ def _encode(descriptor: Any, box: Any) -> list[Any]:
     if found is None:
         from triton.backends.nvidia.driver import make_tensordesc_arg
 
-        if len(_ENCODED) >= _MAX_ENCODED:
+        if len(_ENCODED) >= _MOST_KEPT:
             _ENCODED.clear()
         found = _ENCODED[key] = make_tensordesc_arg(descriptor, box)
     return found
+
+
+def _note_integer(argument: int) -> int:
+    fits = -0x80000000 <= argument <= 0x7FFFFFFF
+    if len(_INTEGERS) >= _MOST_KEPT:
+        _INTEGERS.clear()
+    _INTEGERS[argument] = (argument == 1) + 2 * (argument % 16 == 0) + 4 * fits
+    return _INTEGERS[argument]
 
 
 def _key_of(
@@ -128,20 +138,21 @@ def _key_of(
     integer whether it is 1, a multiple of 16 and within 32 bits, of a descriptor its box and layout, which
     hopper_common.py numbers.
     """
-    device, key, values = -1, [], []
+    device = -1
+    key: list[Any] = []
+    values: list[Any] = []
     for argument in arguments:
         kind = argument.__class__
         if kind is int:
-            fits = -0x80000000 <= argument <= 0x7FFFFFFF
-            key.append((argument == 1) + 2 * (argument % 16 == 0) + 4 * fits)
+            found = _INTEGERS.get(argument)
+            key.append(_note_integer(argument) if found is None else found)
             values.append(argument)
         elif argument is None or kind is float:
             key.append(kind)
             values.append(argument)
         elif isinstance(argument, torch.Tensor):
             address = argument.data_ptr()
-            key.append(argument.dtype)
-            key.append(address % 16 == 0)
+            key.append((argument.dtype,) if address % 16 else argument.dtype)
             values.append(address)
             if device < 0:
                 device = argument.get_device()

@@ -65,6 +65,7 @@ class TritonExpertOps:
             from moe_gpu.triton_kernels import custom_ops
 
             custom_ops.register()
+            self._call = custom_ops.call
 
     def with_budget(self, sm_budget: int | None) -> TritonExpertOps:
         """The same operations in so many SMs; None: in every one."""
@@ -100,7 +101,8 @@ class TritonExpertOps:
         check_capacity(capacity)
         if not self._by_triton(logits_TE):
             return reference.route_reference(logits_TE, top_k, router, bias_E, capacity)
-        weights_TK, ids_TK, *rows = torch.ops.moe_gpu.route(
+        weights_TK, ids_TK, *rows = self._call(
+            "route",
             logits_TE,
             bias_E,
             top_k,
@@ -130,7 +132,7 @@ class TritonExpertOps:
         if ids_TK.dtype != torch.int32:  # converting alone would wrap a wild id into range
             ids_TK = ids_TK.long().clamp(-1, num_experts).to(torch.int32)
         if self.backend.name == "triton":
-            rows = torch.ops.moe_gpu.sort_routes(ids_TK, num_experts, capacity)
+            rows = self._call("sort_routes", ids_TK, num_experts, capacity)
         else:
             rows = reference.sort_routes_reference(ids_TK, num_experts, capacity)
         return Routing(ids_TK, topk_weights_TK.float(), *rows)
@@ -167,7 +169,8 @@ class TritonExpertOps:
         if fused is None:
             few = routing.row_route_R.shape[0] <= tuning.FUSED_MLP_MAX_ROWS_PER_EXPERT * routing.num_experts
             fused = fusable and few
-        return torch.ops.moe_gpu.experts(
+        return self._call(
+            "experts",
             x_TH,
             routing.topk_weights_TK,
             routing.topk_ids_TK,
@@ -194,7 +197,8 @@ class TritonExpertOps:
         if wanted or fused or not self._by_triton(x_TH):
             plain = (self.dequantise(up, x_TH.dtype), self.dequantise(down, x_TH.dtype), None, biases[0], None)
             return self.experts(x_TH, routing, ExpertWeights(*plain, biases[1]), activation, fused)
-        return torch.ops.moe_gpu.experts_quantised(
+        return self._call(
+            "experts_quantised",
             x_TH,
             routing.topk_weights_TK,
             routing.topk_ids_TK,
@@ -222,7 +226,7 @@ class TritonExpertOps:
         """The weights' values times their scales, (E, N, K) in `dtype`; no gradient goes to them."""
         if self.backend.name != "triton":
             return reference.dequantise_reference(stack.values_ENK, stack.scales_EBC, dtype)
-        return torch.ops.moe_gpu.dequantise(stack.values_ENK.detach(), stack.scales_EBC.detach(), dtype)
+        return self._call("dequantise", stack.values_ENK.detach(), stack.scales_EBC.detach(), dtype)
 
     def expert_rows(
         self,
@@ -282,14 +286,14 @@ class TritonExpertOps:
         """Rows sorted by expert, (R, H), zero where no expert computes; differentiable in x."""
         if not self._by_triton(x_TH):
             return reference.permute_reference(x_TH, routing)
-        return torch.ops.moe_gpu.permute(x_TH, routing.row_route_R, routing.row_of_route_TK, routing.offsets_P)
+        return self._call("permute", x_TH, routing.row_route_R, routing.row_of_route_TK, routing.offsets_P)
 
     def combine(self, y_RO: torch.Tensor, routing: Routing) -> torch.Tensor:
         """The weighted sum of each token's rows, (T, O); differentiable in y and the routing weights."""
         if not self._by_triton(y_RO):
             return reference.combine_reference(y_RO, routing)
-        return torch.ops.moe_gpu.combine(
-            y_RO, routing.topk_weights_TK, routing.row_route_R, routing.row_of_route_TK, routing.offsets_P
+        return self._call(
+            "combine", y_RO, routing.topk_weights_TK, routing.row_route_R, routing.row_of_route_TK, routing.offsets_P
         )
 
     def grouped_gemm(
@@ -311,15 +315,13 @@ class TritonExpertOps:
             check_quantised("w", w_ENK)
             if self._by_triton(a_RK) and not (torch.is_grad_enabled() and a_RK.requires_grad):
                 values, scales = w_ENK.values_ENK, w_ENK.scales_EBC
-                return torch.ops.moe_gpu.grouped_gemm_quantised(
-                    a_RK, values, scales, bias_EN, offsets_P, self.sm_budget
-                )
+                return self._call("grouped_gemm_quantised", a_RK, values, scales, bias_EN, offsets_P, self.sm_budget)
             w_ENK = self.dequantise(w_ENK, a_RK.dtype)
         if a_RK.dtype != w_ENK.dtype:
             raise ValueError(f"a is {a_RK.dtype} and w is {w_ENK.dtype}; convert one")
         if not self._by_triton(a_RK):
             return (_traced_gemm(a_RK) or reference.grouped_gemm_reference)(a_RK, w_ENK, offsets_P, bias_EN)
-        return torch.ops.moe_gpu.grouped_gemm(a_RK, w_ENK, bias_EN, offsets_P, self.sm_budget)
+        return self._call("grouped_gemm", a_RK, w_ENK, bias_EN, offsets_P, self.sm_budget)
 
 
 def _traced_gemm(a_RK: torch.Tensor) -> Callable[..., torch.Tensor] | None:

@@ -162,8 +162,8 @@ _FP8_SMALL = {
 # first 0.808); from where their lines cross (256 rows: 1.580 and 1.052) weights are dequantised for the Hopper kernels.
 FP8_GROUPED_ROWS_PER_EXPERT = 40
 FP8_MAX_ROWS_PER_EXPERT = 128
-# What compute capability 9.0 runs from HOPPER_MIN_ROWS_PER_EXPERT rows per expert on. Forward they win from there on, by
-# 6 % at 16 rows and 15 % at 32 in graphs; launched eagerly their descriptors cost the host 0.04 ms a layer (Qwen3, H200).
+# What compute capability 9.0 runs from HOPPER_MIN_ROWS_PER_EXPERT rows per expert on. Forward they win from there on,
+# by 6 % at 16 rows and 15 % at 32 in graphs; launched eagerly they cost the host 0.04 ms more a layer (Qwen3, H200).
 _HOPPER = {
     "up": HopperConfig(4),
     "down": HopperConfig(3, width=256, slots=1),
