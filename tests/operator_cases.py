@@ -74,9 +74,12 @@ def check_route(shape: tuple[int, int, int], router: RouterConfig, biased: bool,
 
 
 def check_given_ids(num_tokens: int, num_experts: int, top_k: int, device: str) -> None:
-    """Given choices, ids out of range among them, take the reference's rows."""
+    """Given choices, ids out of range among them and of int32, take the reference's rows."""
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(-2, num_experts + 3, (num_tokens, top_k), generator=generator, dtype=torch.int32).to(device)
+    wide = ids.long()
+    wide[ids == -2], wide[ids == num_experts + 1] = -(2**40), 2**32  # 0, if it were cut to 32 bits
+    check_int64_ids(wide, ids, num_experts)
     for capacity in (None, 3):
         got = TritonExpertOps(device).sort_routes(ids, torch.ones(ids.shape, device=device), num_experts, capacity)
         expected = reference.sort_routes_reference(ids, num_experts, capacity)
@@ -84,6 +87,22 @@ def check_given_ids(num_tokens: int, num_experts: int, top_k: int, device: str) 
             (got.demand_P, got.offsets_P, got.row_route_R, got.row_of_route_TK), expected, strict=True
         ):
             assert torch.equal(value, truth)
+
+
+def check_int64_ids(wide: torch.Tensor, ids: torch.Tensor, num_experts: int) -> None:
+    """int64 choices take the rows of the same as int32, and are those but for what has no expert."""
+    for capacity in (None, 3):
+        got, same = (
+            TritonExpertOps(ids.device).sort_routes(
+                each, torch.ones(ids.shape, device=ids.device), num_experts, capacity
+            )
+            for each in (wide, ids)
+        )
+        for name, value in vars(got).items():
+            if name != "topk_ids_TK":
+                assert torch.equal(value, getattr(same, name)), name
+        assert got.topk_ids_TK.dtype == torch.int32
+        assert torch.equal(got.topk_ids_TK, ids.clamp(-1, num_experts))
 
 
 def run_opcheck(device: str) -> None:
@@ -104,7 +123,7 @@ def run_opcheck(device: str) -> None:
     operators = torch.ops.moe_gpu
     checks = {
         operators.route.default: (logits, None, 2, "softmax", False, True, 1.0, 1, 1, None),
-        operators.sort_routes.default: (problem.ids_TK, 3, None),
+        operators.sort_routes.default: (problem.ids_TK.long(), 3, None),
         operators.experts.default: (x, routing_weights, problem.ids_TK, *rows, *stacked, "swiglu", None, True, False),
         operators.permute.default: (x, *rows),
         operators.combine.default: (y, routing_weights, *rows),

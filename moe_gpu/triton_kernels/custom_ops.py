@@ -45,7 +45,7 @@ _SCHEMAS = {
     "route": f"(Tensor logits, Tensor? bias, int top_k, {_ROUTER}, int? capacity)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "route_backward": f"(Tensor logits, Tensor ids, Tensor weights, Tensor grad_weights, {_ROUTER}) -> Tensor",
-    "sort_routes": "(Tensor ids, int num_experts, int? capacity) -> (Tensor, Tensor, Tensor, Tensor)",
+    "sort_routes": "(Tensor ids, int num_experts, int? capacity) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "count_load": "(Tensor(a!) state, Tensor demand) -> ()",
     "experts": f"(Tensor x, Tensor weights, Tensor ids, {_ROUTES}, {_WEIGHTS}, bool save, bool fused)"
     " -> (Tensor, Tensor, Tensor)",
@@ -105,7 +105,7 @@ def _route_fake(logits, bias, top_k, *rest):
     num_tokens, num_experts = logits.shape
     ids = logits.new_empty(num_tokens, top_k, dtype=torch.int32)
     weights = logits.new_empty(num_tokens, top_k, dtype=torch.float32)
-    return weights, ids, *_sort_routes_fake(ids, num_experts, None)
+    return weights, ids, *_rows_fake(ids, num_experts)
 
 
 def _route_backward(logits, ids, weights, grad_weights, *router):
@@ -116,14 +116,24 @@ def _route_backward_fake(logits, ids, weights, grad_weights, *router):
     return logits.new_empty(logits.shape)
 
 
+def _rows_fake(ids, num_experts):
+    bins = ids.new_empty(num_experts + 1, dtype=torch.int32)
+    rows = ids.new_empty(ids.shape[0] * ids.shape[1], dtype=torch.int32)
+    return bins, torch.empty_like(bins), rows, ids.new_empty(ids.shape, dtype=torch.int32)
+
+
+def _narrow(ids):
+    """Memory for ids as int32; empty where they are."""
+    return ids.new_empty(0 if ids.dtype == torch.int32 else ids.shape, dtype=torch.int32)
+
+
 def _sort_routes(ids, num_experts, capacity):
-    return tuple(sort_routes(ids, num_experts, capacity))
+    narrow = _narrow(ids)
+    return narrow, *sort_routes(ids, num_experts, capacity, None if ids.dtype == torch.int32 else narrow)
 
 
 def _sort_routes_fake(ids, num_experts, capacity):
-    bins = ids.new_empty(num_experts + 1)
-    rows = ids.new_empty(ids.shape[0] * ids.shape[1])
-    return bins, torch.empty_like(bins), rows, ids.new_empty(ids.shape)
+    return _narrow(ids), *_rows_fake(ids, num_experts)
 
 
 def _count_load(state, demand):

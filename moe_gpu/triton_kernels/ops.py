@@ -128,12 +128,13 @@ class TritonExpertOps:
         if topk_ids_TK.dtype.is_floating_point or topk_ids_TK.dtype.is_complex:
             raise ValueError(f"topk_ids are {topk_ids_TK.dtype}; give integers")
         check_capacity(capacity)
-        ids_TK = topk_ids_TK
-        if ids_TK.dtype != torch.int32:  # converting alone would wrap a wild id into range
-            ids_TK = ids_TK.long().clamp(-1, num_experts).to(torch.int32)
+        ids_TK = topk_ids_TK if topk_ids_TK.dtype == torch.int32 else topk_ids_TK.long()
         if self.backend.name == "triton":
-            rows = self._call("sort_routes", ids_TK, num_experts, capacity)
+            narrow_TK, *rows = self._call("sort_routes", ids_TK, num_experts, capacity)
+            ids_TK = ids_TK if ids_TK.dtype == torch.int32 else narrow_TK
         else:
+            if ids_TK.dtype != torch.int32:  # converting alone would wrap a wild id into range
+                ids_TK = ids_TK.clamp(-1, num_experts).to(torch.int32)
             rows = reference.sort_routes_reference(ids_TK, num_experts, capacity)
         return Routing(ids_TK, topk_weights_TK.float(), *rows)
 

@@ -85,7 +85,8 @@ def place_block(
 
 @triton.jit(do_not_specialize=["num_routes", "block_routes", "capacity"])
 def _rank_kernel(
-    ids_ptr,  # (T, K) int32
+    ids_ptr,  # (T, K) int32 or int64
+    narrow_ptr,  # (T, K) int32: what ids as int32 are, written; None if they are
     counts_ptr,  # (blocks, E) int32; unused if SINGLE
     row_of_route_ptr,  # (T, K) int32: each route's rank among those of its expert in the block; its row if SINGLE
     demand_ptr,  # (P,) int32: written if SINGLE, as the two below
@@ -101,11 +102,13 @@ def _rank_kernel(
     ROUTES: tl.constexpr,
     CAPPED: tl.constexpr,
     SINGLE: tl.constexpr,
+    WIDE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One program block_routes routes, BLOCK a step; if SINGLE, one program all routes, placing them too.
 
-    Ids out of range go to a bin after the experts', what lies past the end to one after that.
+    Ids out of range go to a bin after the experts', what lies past the end to one after that. WIDE: ids are int64;
+    what int32 could not hold becomes -1 or E.
     """
     wait_for_previous(PDL)
     block = tl.program_id(0)
@@ -117,6 +120,9 @@ def _rank_kernel(
     for start in range(first, end, BLOCK):
         inside = start + i < end
         ids = tl.load(ids_ptr + start + i, mask=inside, other=0)
+        if WIDE:
+            ids = tl.where(ids < 0, -1, tl.where(ids < E, ids, E)).to(tl.int32)
+            tl.store(narrow_ptr + start + i, ids, mask=inside)
         bins = tl.where(inside, tl.where((ids >= 0) & (ids < E), ids, E), E + 1)
         key = tl.sort(bins * BLOCK + i)
         here = tl.histogram(bins, BINS)
@@ -129,7 +135,7 @@ def _rank_kernel(
         demand = tl.gather(counts, tl.arange(0, BLOCK_E), 0)
         demand = tl.where(tl.arange(0, BLOCK_E) < E, demand, 0)
         place_block(
-            ids_ptr,
+            narrow_ptr if WIDE else ids_ptr,
             row_route_ptr,
             row_of_route_ptr,
             demand_ptr,
@@ -284,8 +290,13 @@ class RankBlocks:
         return cls(cdiv(num_routes, routes), routes, step, bins, block_e)
 
 
-def sort_routes(topk_ids_TK: torch.Tensor, num_experts: int, capacity: int | None = None) -> Rows:
-    """The rows of int32 choices made elsewhere; ids outside [0, E) are dropped."""
+def sort_routes(
+    topk_ids_TK: torch.Tensor, num_experts: int, capacity: int | None = None, narrow_TK: torch.Tensor | None = None
+) -> Rows:
+    """The rows of choices made elsewhere; ids outside [0, E) are dropped.
+
+    ids are int32; or int64, and are written as int32 into `narrow_TK`, those that it cannot hold as -1 or E.
+    """
     ids_TK = topk_ids_TK.contiguous()
     rows = new_rows(ids_TK, num_experts)
     num_routes = ids_TK.numel()
@@ -294,12 +305,13 @@ def sort_routes(topk_ids_TK: torch.Tensor, num_experts: int, capacity: int | Non
     blocks = RankBlocks.choose(num_routes, num_experts)
     limit = num_routes if capacity is None else min(capacity, num_routes)
     single = blocks.count == 1
-    counts = ids_TK.new_empty(0 if single else blocks.count, num_experts)
+    counts = rows.demand_P.new_empty(0 if single else blocks.count, num_experts)
     pdl = pdl_options(ids_TK.device, pays=num_routes <= PDL_MAX_ROUTES)
     launch(
         _rank_kernel,
         (blocks.count,),
         ids_TK,
+        narrow_TK,
         counts,
         rows.row_of_route_TK,
         rows.demand_P,
@@ -315,9 +327,10 @@ def sort_routes(topk_ids_TK: torch.Tensor, num_experts: int, capacity: int | Non
         ROUTES=blocks.step,
         CAPPED=limit < num_routes,
         SINGLE=single,
+        WIDE=narrow_TK is not None,
         num_warps=blocks.num_warps,
         **pdl,
     )
     if not single:
-        place(ids_TK, counts, rows, blocks.routes, limit, blocks.step, pdl)
+        place(ids_TK if narrow_TK is None else narrow_TK, counts, rows, blocks.routes, limit, blocks.step, pdl)
     return rows

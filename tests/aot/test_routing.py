@@ -93,6 +93,15 @@ def test_given_choices(arch, num_tokens, num_experts, top_k, capacity):
         assert "atom.global" not in compiled.ptx, "counts are added up within a program alone"
 
 
+@pytest.mark.parametrize("num_tokens", [1, 64, 16384])
+def test_given_choices_of_64_bits_take_no_launch_more(num_tokens):
+    ids, narrow = (torch.empty(num_tokens, 8, dtype=kind, device="meta") for kind in (torch.int64, torch.int32))
+    with compiling_launches(90) as launches:
+        placing.sort_routes(ids, 128, None, narrow)
+    assert len(launches) == (2 if num_tokens == 16384 else 1)
+    assert all(compiled.spills <= 4 and compiled.shared_bytes <= 48 * 1024 for compiled in launches)
+
+
 def test_few_tokens_take_one_launch():
     for num_experts, top_k, n_group in ((8, 2, 1), (128, 8, 1), (256, 8, 8)):
         assert routing._Blocks.choose(64, num_experts, top_k, n_group).single
