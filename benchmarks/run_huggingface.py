@@ -452,7 +452,8 @@ def print_summary(rows: list[BenchmarkRow]) -> None:
         cases[row.mode, row.launch, row.num_tokens][row.provider] = row
     print(f"\n{'median ms':36}" + "".join(f"{provider:>26}" for provider in providers))
     for (mode, launch, num_tokens), found in cases.items():
-        cells = (f"{row.p50_ms:.3f}" if row.p50_ms is not None else row.status for row in map(found.get, providers))
+        times = {name: row.status if row.p50_ms is None else f"{row.p50_ms:.3f}" for name, row in found.items()}
+        cells = (times.get(name, "-") for name in providers)
         print(f"{f'{mode} {launch} T={num_tokens}':36}" + "".join(f"{cell:>26}" for cell in cells))
     for row in rows:
         if row.p50_ms is None:
