@@ -6,7 +6,6 @@ another is better by more than a margin, backends carry plans out, and a log say
 
 from __future__ import annotations
 
-import copy
 import random
 import time
 from collections import deque
@@ -243,7 +242,7 @@ class AdvancedGPUSliceManager:
 
         rows_E: rows a call of every expert in the last window; without it the last known ones serve.
         """
-        learnt = (self._rows, self._unassigned_share, copy.deepcopy(self._forecaster), self._random.getstate())
+        learnt = (self._rows, self._unassigned_share, self._forecaster.copy(), self._random.getstate())
         try:
             if rows_E is not None:
                 self.observe(rows_E)

@@ -18,8 +18,9 @@ import threading
 import time
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -111,8 +112,8 @@ def test_parts() -> list[Part]:
 
     return [
         ("tests", "tests", pytest(rest, PLAIN)),
-        ("interpreter", "interpreter", pytest(["tests/interpreter"], INTERPRETED)),
         ("ahead of time", "aot", pytest(["tests/aot"], PLAIN)),
+        ("interpreter", "interpreter", pytest(["tests/interpreter"], INTERPRETED)),
         (
             "ahead of time, newest Triton",
             "aot",
@@ -143,16 +144,9 @@ def run_beside_others(name: str, run: Callable[[str, IO[str] | None], Tally], sh
     return tally
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=["lint", "tests", *APART], help="one part")
-    only = parser.parse_args().only
+def run_parts(parts: list[tuple[str, Callable[[str, IO[str] | None], Tally]]]) -> Tally:
+    """One after the other beside a GPU, else two at a time."""
     total = Tally()
-    if only in (None, "lint"):
-        for name, arguments in lint_parts():
-            print(f"== {name}", flush=True)
-            total.add(run_lint(name, arguments))
-    parts = [(name, run) for name, part, run in test_parts() if only in (None, part)]
     # GPU tests measure and fill the GPU's memory: nothing else may run beside them.
     workers = 1 if shutil.which("nvidia-smi") else min(2, os.cpu_count() or 1)
     if workers == 1 or len(parts) == 1:
@@ -167,6 +161,40 @@ def main() -> int:
         with ThreadPoolExecutor(workers) as pool:
             for tally in pool.map(lambda part: run_beside_others(*part, shown), parts):
                 total.add(tally)
+    return total
+
+
+@contextmanager
+def bytecode_kept_aside() -> Iterator[None]:
+    """Where Python is told to leave no bytecode, it lies in a folder for as long as the tests run.
+
+    Most of them share it: without it each of the hundred processes that they start compiles this package anew.
+    """
+    if not sys.dont_write_bytecode:
+        yield
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        told = os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+        os.environ["PYTHONPYCACHEPREFIX"] = folder
+        try:
+            yield
+        finally:
+            del os.environ["PYTHONPYCACHEPREFIX"]
+            if told is not None:
+                os.environ["PYTHONDONTWRITEBYTECODE"] = told
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=["lint", "tests", *APART], help="one part")
+    only = parser.parse_args().only
+    total = Tally()
+    if only in (None, "lint"):
+        for name, arguments in lint_parts():
+            print(f"== {name}", flush=True)
+            total.add(run_lint(name, arguments))
+    with bytecode_kept_aside():
+        total.add(run_parts([(name, run) for name, part, run in test_parts() if only in (None, part)]))
     print()
     for (kind, reason), count in sorted(total.skips.items()):
         print(f"skipped: {count} {kind}: {reason}")

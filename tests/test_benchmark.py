@@ -366,11 +366,15 @@ def test_the_example_asks_at_a_terminal(tmp_path, monkeypatch, capsys):
 
 def test_the_h200_script_runs_anywhere_when_quick(tmp_path, monkeypatch, capsys):
     output = tmp_path / "rows.jsonl"
+    rates = {"matmul": (1e12, "FLOP/s"), "copy": (1e10, "B/s")}
+    ceilings = [Ceiling(name, "bfloat16", *rate, "given") for name, rate in rates.items()]
+    monkeypatch.setattr(timing, "measure_ceilings", lambda *_: ceilings)  # CPUs take seconds a product of bfloat16
     monkeypatch.setattr(sys, "argv", ["run_h200.py", "--quick", str(output)])
     assert load("benchmarks/run_h200.py")["main"]() == 0
     rows = select(read_rows(output), BenchmarkRow)
     assert {row.model for row in rows} == {"qwen3-30b-a3b", "mixtral-8x7b", "olmoe-1b-7b"}
     assert {row.mode for row in rows if row.status == "ok"} == {"forward", "forward+backward"}
+    assert select(read_rows(output), Ceiling) == ceilings
     printed = capsys.readouterr().out
     assert "goals: at least 3x torch_loop" in printed
 

@@ -30,6 +30,18 @@ class CostPoint:
     time_ms: float
 
 
+def _ends(axis: list[int], value: float) -> list[tuple[int, float]]:
+    """The measured sizes around a value and their shares, linear in logarithms; none beyond what was measured."""
+    if not axis[0] <= value <= axis[-1]:
+        return []
+    high = bisect_left(axis, value)
+    if axis[high] == value:
+        return [(axis[high], 1.0)]
+    low, top = axis[high - 1], axis[high]
+    part = math.log(value / low) / math.log(top / low)
+    return [(low, 1 - part), (top, part)]
+
+
 @dataclass(frozen=True)
 class CostTable:
     """Points on a full grid of experts, rows and SMs of one device, and what slices cost beside each other.
@@ -52,6 +64,10 @@ class CostTable:
         axes = [sorted({key[axis] for key in times}) for axis in range(3)]
         return axes[0], axes[1], axes[2], times
 
+    @cached_property
+    def _logs(self) -> dict[tuple[int, int, int], float]:
+        return {key: math.log(time_ms) for key, time_ms in self._grid[3].items()}
+
     def check(self) -> None:
         """Raise CostTableError unless the points are positive and fill their grid."""
         experts, rows, sms, times = self._grid
@@ -71,20 +87,17 @@ class CostTable:
         """
         if rows <= 0 or experts <= 0:
             return 0.0
-        *axes, times = self._grid
+        *axes, _ = self._grid
         wanted = (max(experts, axes[0][0]), max(rows, axes[1][0]), sms)
-        if any(not axis[0] <= value <= axis[-1] for axis, value in zip(axes, wanted, strict=True)):
+        ends = [_ends(axis, value) for axis, value in zip(axes, wanted, strict=True)]
+        if not all(ends):
             return None
-        corners: list[tuple[tuple[int, ...], float]] = [((), 1.0)]
-        for axis, value in zip(axes, wanted, strict=True):
-            high = bisect_left(axis, value)
-            ends = [(axis[high], 1.0)]
-            if axis[high] != value:
-                low, top = axis[high - 1], axis[high]
-                part = math.log(value / low) / math.log(top / low)
-                ends = [(low, 1 - part), (top, part)]
-            corners = [((*key, end), weight * share) for key, weight in corners for end, share in ends]
-        return math.exp(sum(share * math.log(times[key]) for key, share in corners))  # type: ignore[index,misc]
+        logs, log_ms = self._logs, 0.0
+        for count, share in ends[0]:
+            for row, row_share in ends[1]:
+                for size, size_share in ends[2]:
+                    log_ms += share * row_share * size_share * logs[count, row, size]
+        return math.exp(log_ms)
 
     def sliced_ms(self, work: Sequence[tuple[float, float, int]]) -> float | None:
         """Milliseconds until the last of several slices, (experts, rows, SMs) each, that run side by side."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 
 import numpy
@@ -33,6 +34,12 @@ class LoadForecaster:
         self._forecasts: dict[str, dict[int, float]] = {}
         self._error = 0.0  # EWMA of the relative error of forecasts, shifts left out
         self.shift_share = _SHIFTS_EXPECTED  # of windows that were shifts
+
+    def copy(self) -> LoadForecaster:
+        """One that learns on from here by itself."""
+        other = copy.copy(self)
+        other._gram, other._moment, other._errors = self._gram.copy(), self._moment.copy(), dict(self._errors)
+        return other
 
     @property
     def method(self) -> str:

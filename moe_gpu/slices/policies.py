@@ -284,6 +284,8 @@ def plan_adaptive(
 
 def _explored(known: Mapping[str, float], best: str, draw: float) -> str | None:
     """Which candidate a draw tries instead of the best, if any: the more it is expected to cost, the more rarely."""
+    if draw >= EXPLORE:  # the shares below sum to no more, but for rounding
+        return None
     for name, time_ms in known.items():
         if name == best:
             continue

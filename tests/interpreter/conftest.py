@@ -8,12 +8,13 @@ import pytest
 import torch
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    from tests.interpreter import hardening
+    from tests.interpreter import hardening, speed
 
     hardening.install_bf16()
     hardening.install_fp8()
     hardening.install_bounds()
     hardening.install_xor()
+    speed.install()
 else:
     collect_ignore_glob = ["test_*.py"]
 
