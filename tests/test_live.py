@@ -155,7 +155,7 @@ def test_slices_of_a_manager_and_of_layers():
     model = make_model()
     with publish(model, slices=manager) as publisher:
         (item,) = publisher.status.slices
-        assert (item.holder, item.got_sms, item.enforced) == ("expert 0", None, False)
+        assert (item.holder, item.got_sms, item.enforced) == ("experts 0-3", None, False)
         assert item.asked_sms == manager.slices[0].asked_sms
     with publish(model) as publisher:
         assert publisher.status.slices is None
@@ -164,7 +164,15 @@ def test_slices_of_a_manager_and_of_layers():
         assert [item.holder for item in publisher.status.slices] == ["1"]
     model[0].divide_experts(2)
     with publish(model) as publisher:
-        assert [item.holder for item in publisher.status.slices] == ["0: expert 0", "0: expert 4", "1"]
+        assert [item.holder for item in publisher.status.slices] == ["0: experts 0-3", "0: experts 4-7", "1"]
+
+
+def test_experts_of_a_slice_are_named_in_short(tmp_path):
+    for experts, name in (((5,), "expert 5"), ((6, 2, 4), "experts 2, 4, 6"), (range(1, 11, 2), "experts 1, 3, 5 +2")):
+        manager = AdvancedGPUSliceManager(8, device="NVIDIA H200", carry_out=False)
+        manager.allocate_slices(experts[0], 3, experts=experts)
+        with publish(make_model(), tmp_path / "live.json", slices=manager) as publisher:
+            assert [item.holder for item in publisher.status.slices] == [name]
 
 
 def test_an_expert_cache_is_counted_once_however_many_layers_share_it():

@@ -298,10 +298,20 @@ def _backend_of(layer: _Layer) -> str | None:
 
 
 def _slices_of(manager: AdvancedGPUSliceManager, of: str = "") -> list[SliceStatus]:
-    return [
-        _slice_status(of + ("everybody" if item.tenant is None else f"expert {item.tenant}"), item)
-        for item in manager.plan.slices
-    ]
+    holders: dict[int | None, str] = {None: "everybody"}
+    holders |= {allocation.expert_id: _experts_named(allocation.experts) for allocation in manager.allocations}
+    return [_slice_status(of + holders.get(item.tenant, f"expert {item.tenant}"), item) for item in manager.plan.slices]
+
+
+def _experts_named(experts: tuple[int, ...]) -> str:
+    """`expert 3`, `experts 0-31`, or `experts 0, 4, 9 +2` of those that are apart."""
+    if len(experts) == 1:
+        return f"expert {experts[0]}"
+    first, *_, last = sorted(experts)
+    if last - first == len(experts) - 1:
+        return f"experts {first}-{last}"
+    more = f" +{len(experts) - 3}" if len(experts) > 3 else ""
+    return f"experts {', '.join(map(str, sorted(experts)[:3]))}{more}"
 
 
 def _slice_status(holder: str, item: GPUSlice) -> SliceStatus:

@@ -34,8 +34,8 @@ class TopApp(App[None]):
     #all Static { width: 100%; }
     .-wide #all #map { width: 3fr; }
     .-wide #all #bars { width: 2fr; }
-    .-wide #all #layers { width: 7fr; }
-    .-wide #all #slices { width: 4fr; }
+    .-wide #all #layers { width: 3fr; }
+    .-wide #all #slices { width: 2fr; }
     .-narrow #facts, .-narrow #experts, .-narrow #below { layout: vertical; height: auto; max-height: 1000; }
     .-narrow #all #facts Static, .-narrow #all #experts > VerticalScroll, .-narrow #all #below > VerticalScroll {
         width: 100%; height: auto; max-height: 20;

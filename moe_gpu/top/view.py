@@ -267,7 +267,7 @@ def slice_table(job: JobStatus | None) -> RenderableType:
     most = max((item.got_sms or item.asked_sms for item in job.slices), default=1) or 1
     for item in job.slices:
         got = Text("planned", style="dim") if item.got_sms is None else Text(str(item.got_sms))
-        sms = bar((item.got_sms or 0) / most, 8).append(" enforced" if item.enforced else " budget")
+        sms = bar((item.got_sms or 0) / most, 4).append(" enforced" if item.enforced else " budget")
         table.add_row(plain(item.holder), plain(item.backend), str(item.asked_sms), got, sms)
     return table
 
