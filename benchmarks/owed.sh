@@ -3,12 +3,10 @@
 #
 # tests      every GPU test, eight at a time with pytest-xdist (3.5 minutes on 16 cores); first: nothing is timed on red tests
 # alone      the GPU tests that look at the whole GPU's energy, memory and SMs, with nothing beside them
-# decode     routing; skewed routing in graphs beside vLLM and triton_kernels, if installed; repeats bit for bit
-# experts    training shapes beside SonicMoE, if installed (it compiles for minutes), and bmm; peak memory; SM budgets
+# skew       skewed routing in turn with uniform routing, beside vLLM and triton_kernels in graphs, if installed
+# experts    training shapes beside SonicMoE, if installed (it compiles for minutes), and bmm
 # layer      the whole layer beside its peers, eager launches among them
-# models     a transformers model decoding, beside grouped_mm and batched_mm, with graphs, and with half its experts resident
-# training   tokens/s, MFU, memory, bitwise resume
-# top        what publishing for `moe-gpu top` costs a job
+# training   what recomputation saves; BPE beside bytes
 set -euo pipefail
 [ $# -eq 2 ] || { sed -n 's/^# \{0,1\}//p' "$0" | sed 1d; exit 2; }
 mkdir -p "$1"
@@ -23,11 +21,9 @@ tests)
     $python -m pytest -q $beside tests/gpu ${alone//tests/--ignore=tests} 2>&1 | tee "$folder/tests.log"
     ;;
 alone) $python -m pytest -q $alone 2>&1 | tee "$folder/alone.log" ;;
-decode) $python benchmarks/run_hopper.py "$folder/h200_decode.jsonl" --table routing --table precision --table skew --table decode ;;
-experts) $python benchmarks/run_hopper.py "$folder/h200_experts.jsonl" --table training --table budget ;;
+skew) $python benchmarks/run_hopper.py "$folder/h200_skew.jsonl" --table skew ;;
+experts) $python benchmarks/run_hopper.py "$folder/h200_experts.jsonl" --table training ;;
 layer) $python benchmarks/run_h200.py "$folder/h200_layer.jsonl" ;;
-models) $python benchmarks/run_huggingface.py "$folder/h200_models.jsonl" --section decode --section "decode, compiled" ;;
-training) $python benchmarks/run_training.py "$folder/h200_training.jsonl" ;;
-top) $python benchmarks/run_top_cost.py "$folder/h200_top_cost.jsonl" ;;
+training) $python benchmarks/run_training.py "$folder/h200_training.jsonl" --section memory --section bpe ;;
 *) echo "owed.sh: error: no step '$2'; see the head of this file" >&2; exit 2 ;;
 esac

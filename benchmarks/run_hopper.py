@@ -3,10 +3,11 @@
 bf16, ids and weights given: sorting the routes, experts, combine. Each table is interleaved in this process with a cold
 L2: `training` (forward and forward+backward, peak memory; beside them `bmm`, the two or six matrix products over equal
 groups as cuBLAS batched products, without gather, activation or combine), `decode` and `skew` (CUDA graphs that rotate
-copies of the weights, beside vLLM's experts and OpenAI's triton_kernels; skew's largest sizes eager and ours alone),
-`fp8` (weights in FP8 beside the same in bf16, in such graphs: by the rules, and by each way there is), `budget` (the
-same on fewer SMs, each for a second by itself, with the clock meanwhile), `precision` (are repeats equal bit for bit)
-and `routing` (what choosing and sorting take, and their share of the whole). `--table` runs some only.
+copies of the weights, beside vLLM's experts and OpenAI's triton_kernels; skew's largest sizes eager, ours alone, with
+uniform routing in turn), `fp8` (weights in FP8 beside the same in bf16, in such graphs: by the rules, and by each way
+there is), `budget` (the same on fewer SMs, each for a second by itself, with the clock meanwhile), `precision` (are
+repeats equal bit for bit) and `routing` (what choosing and sorting take, and their share of the whole). `--table` runs
+some only.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ DECODE = [
 PEER_SIZES = (1, 8, 64, 256, 1024, 4096)  # each size may cost a peer a compilation
 ROUTINGS = ("uniform", "zipf-1.2")
 SKEWS = ("zipf-0.6", "zipf-1.2", "one-expert")
-SKEW_GRAPH_SIZES, SKEW_EAGER_SIZES = (256, 1024, 4096), (8192, 16384)
+SKEW_GRAPH_SIZES, SKEW_EAGER_SIZES, SKEW_SAMPLES = (256, 1024, 4096), (8192, 16384), 60
 FP8_SIZES = (1, 8, 64, 256, 1024, 4096)
 REPEATS = 100
 PRECISION = ((1, "forward"), (64, "forward"), (1024, "forward"), (16384, "forward"), (1024, "forward+backward"))
@@ -286,10 +287,25 @@ def skew(recorder: Recorder, ops: TritonExpertOps) -> None:
         for routing in SKEWS:
             bench.record(num_tokens, routing)
     for num_tokens in SKEW_EAGER_SIZES:
-        for routing in ("uniform", *SKEWS):
-            p = Problem(PRESETS[QWEN], num_tokens, routing, bench.stacked[0])
-            builds: Builds = {"moe_gpu": lambda p=p: pass_job(p, lambda: run_ours(p, ops), "forward")}
-            recorder.record(QWEN, p, "forward", "eager", builds, budget_s=GRAPH_BUDGET_S)
+        skew_in_turn(recorder, ops, bench.stacked[0], num_tokens)
+
+
+def skew_in_turn(recorder: Recorder, ops: TritonExpertOps, weights: ExpertWeights, num_tokens: int) -> None:
+    """Every routing of so many tokens, eager and in turn, so that they share what the clock does."""
+    cases, jobs, known = {}, {}, {}
+    for routing in ("uniform", *SKEWS):
+        p = Problem(PRESETS[QWEN], num_tokens, routing, weights)
+        cases[routing] = Case(QWEN, p.config, num_tokens, torch.bfloat16, routing, "forward", "eager")
+        jobs[routing], known[routing] = pass_job(p, functools.partial(run_ours, p, ops), "forward")
+    samples, failures = time_interleaved(jobs, recorder.timer, dict.fromkeys(jobs, SKEW_SAMPLES))
+    for routing, case in cases.items():
+        facts = {"status": "failed", "reason": failures[routing]} if routing in failures else {"status": "ok"}
+        if routing in samples:
+            facts |= describe_samples(samples[routing])
+        row = case.row("moe_gpu", scope="experts", **known[routing], **facts)
+        recorder.rows.append(row)
+        print(f"{case!s:72} {row.reason if row.p50_ms is None else f'{row.p50_ms:9.4f} ms'}", flush=True)
+    write_rows(recorder.path, recorder.rows)
 
 
 def fp8_job(
