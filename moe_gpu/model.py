@@ -19,7 +19,7 @@ from moe_gpu.gpu_slice_manager import AdvancedGPUSliceManager
 from moe_gpu.layer_energy import LayerEnergy, feature_reason, work_of
 from moe_gpu.moe_layer import MoEBase, MoEStats
 from moe_gpu.profiler import ExpertProfiler
-from moe_gpu.reference import ExpertWeights, Routing
+from moe_gpu.reference import ExpertWeights, Routing, autocast_dtype
 from moe_gpu.slices.plan import GPUSlice
 from moe_gpu.slices.policies import SliceAllocationPolicy
 from moe_gpu.triton_kernels.ops import TritonExpertOps
@@ -382,9 +382,7 @@ class AdvancedMoELayer(MoEBase):
     ) -> tuple[torch.Tensor, MoEStats]:
         """What a graph holds: everything that a call does on the device."""
         ops = self.ops
-        rows_TH = x_TH
-        if torch.is_autocast_enabled(x_TH.device.type):
-            rows_TH = x_TH.to(torch.get_autocast_dtype(x_TH.device.type))
+        rows_TH = x_TH.to(autocast_dtype(x_TH.device) or x_TH.dtype)
         weights = self.expert_weights
         shared_TO: torch.Tensor | None = None
         if self.scheduler is not None and self._may_schedule(self.scheduler):

@@ -17,6 +17,7 @@ from moe_gpu.reference import (
     ExpertWeights,
     Routing,
     activate_reference,
+    autocast_dtype,
     load_balancing_loss,
     router_z_loss,
     topk_reference,
@@ -180,7 +181,7 @@ class MoEBase(nn.Module):
     def _cast_alike(self, x: torch.Tensor) -> bool:
         """Whether autocast brings x and the weights to one dtype; it leaves float64 alone."""
         wide = torch.float64 in (x.dtype, self.gate_up_proj.dtype)
-        return torch.is_autocast_enabled(x.device.type) and not wide
+        return autocast_dtype(x.device) is not None and not wide
 
     def _logits(self, x_TH: torch.Tensor, given_TE: torch.Tensor | None) -> torch.Tensor:
         if given_TE is None:

@@ -95,6 +95,13 @@ class Routing:
         return self.topk_ids_TK.shape[1]
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast brings products to there; None where it is off, and on the meta device, which it does not know."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
 @dataclass(frozen=True)
 class ExpertWeights:
     """Stacked weights in the layout of `transformers`; gated experts keep the gate half first.

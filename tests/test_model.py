@@ -416,6 +416,22 @@ def test_experts_are_computed_in_turn_where_bits_or_dropped_rows_ask_for_it(chan
     assert layer(torch.randn(40, 64), logits)[0].isfinite().all()
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"shared_hidden_dim": 16}, {"depth": 2, "activation": "gelu", "bias": True}], ids=str
+)
+def test_a_layer_tells_its_shapes_on_the_meta_device(options):
+    with torch.device("meta"):
+        layer = AdvancedMoELayer(16, 24, 32, 4, **options).to(torch.bfloat16)
+    x = torch.empty(3, 5, 16, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    out, stats = layer(x)
+    assert (out.shape, out.device.type, out.dtype) == ((3, 5, 24), "meta", torch.bfloat16)
+    assert stats.counts_E.shape == (4,)
+    (out.float().sum() + stats.load_balancing_loss).backward()
+    assert x.grad.shape == x.shape
+    with torch.no_grad():
+        assert layer.eval()(x)[0].shape == out.shape
+
+
 @pytest.mark.parametrize("activation", ["swiglu", "geglu"])
 def test_experts_tell_their_shapes_on_the_meta_device(activation):
     x = torch.empty(900, 64, device="meta", requires_grad=True)

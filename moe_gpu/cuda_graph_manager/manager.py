@@ -25,6 +25,7 @@ from moe_gpu.cuda_graph_manager.capture import (
     making_a_graph,
 )
 from moe_gpu.cuda_graph_manager.packing import Packed, pack
+from moe_gpu.reference import autocast_dtype
 
 logger = logging.getLogger("moe_gpu")
 
@@ -270,7 +271,7 @@ class CUDAGraphManager:
                 return "inputs of unlike rows or devices"
         if x.shape[0] > self.buckets[-1]:
             return "more rows than the largest bucket"
-        if torch.is_autocast_enabled(x.device.type):
+        if autocast_dtype(x.device) is not None:
             return "under autocast"
         return self._capturer.why_not(x.device)
 

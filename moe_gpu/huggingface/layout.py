@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from moe_gpu.config import ACTIVATIONS
-from moe_gpu.reference import ExpertWeights, QuantisedExperts, QuantisedStack, dequantise_reference
+from moe_gpu.reference import ExpertWeights, QuantisedExperts, QuantisedStack, autocast_dtype, dequantise_reference
 
 ATTACHMENT = "_moe_gpu"
 """The attribute that `enable` gives a module: its Attachment."""
@@ -224,10 +224,8 @@ def compute_dtype(like: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.
     """The dtype that products of these two weights run in."""
     kinds = [like.dtype if weight.dtype == FP8 else weight.dtype for weight in weights]
     dtype = torch.promote_types(kinds[0], kinds[1])
-    # Autocast leaves float64 as it is, and does not know the meta device.
-    if like.device.type != "meta" and torch.is_autocast_enabled(like.device.type) and dtype != torch.float64:
-        return torch.get_autocast_dtype(like.device.type)
-    return dtype
+    cast = autocast_dtype(like.device)
+    return dtype if cast is None or dtype == torch.float64 else cast  # autocast leaves float64 as it is
 
 
 def _block(size: int, scales: int, block: int | None) -> int | None:
