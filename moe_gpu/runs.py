@@ -207,7 +207,7 @@ def run_training(
     output_dir: str | Path, config: TrainConfig, *, resume: bool = False, publish: bool = False
 ) -> list[Row]:
     """Train; leave what `train` leaves and, where matplotlib is installed, `training_results.png`."""
-    directory = writable_directory(output_dir)
+    directory = Path(output_dir)
     result = train_with_progress(config, directory, resume=resume, publish=publish)
     rows = read_rows(directory / TRAINING_FILE)
     unit = result.text.tokenizer.name

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from moe_gpu.results import ExpertLoadRow, ResultsError, TrainingRow, read_rows, select
+from moe_gpu.runs import run_training
 from moe_gpu.training import (
     ExpertLoads,
     MoELanguageModel,
@@ -209,6 +210,15 @@ def test_bits_a_byte_are_comparable_between_tokenizers(tmp_path, book):
 
 
 # What is logged
+
+
+@pytest.mark.parametrize("run", [train, lambda config, folder: run_training(folder, config)], ids=["train", "command"])
+def test_refused_data_leaves_no_folder(run, tmp_path):
+    (tmp_path / "short.txt").write_text("too short")
+    for name in ("missing.txt", "short.txt"):
+        with pytest.raises(ValueError, match=name):
+            run(replace(TINY, data=[str(tmp_path / name)]), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_files_beside_the_checkpoint_hold_the_run(tmp_path):

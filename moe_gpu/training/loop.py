@@ -337,13 +337,13 @@ def train(
         return checkpoint.build_tokenizer() if checkpoint else build_tokenizer(config, training_text)
 
     text = load_text(config.data, config.device, config.context, make_tokenizer)
+    writable_directory(directory)  # known before the model is made, and not there when the data will not do
     trainer = Trainer(config, text)
     if checkpoint:
         trainer.restore(checkpoint, directory)
         del checkpoint  # its tensors are in the trainer now
     if text.train.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(text.train.device)
-    writable_directory(directory)  # known before the first step, not at the first checkpoint
     files = RunFiles(directory, config, text.tokenizer, trainer.step + 1)
     watched = publish_trainer(trainer) if publish else nullcontext()
     with deferred_interrupt() as pressed, deterministic_algorithms(config), closing(files), watched:
