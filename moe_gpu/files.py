@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -46,6 +49,27 @@ def writable_directory(path: str | Path) -> Path:
     except OSError as error:
         raise ValueError(f"cannot write to {path}: {error.strerror}; choose another --output-dir") from error
     return path
+
+
+@contextmanager
+def sole_writer(directory: Path) -> Iterator[None]:
+    """Within, no other process enters this for the folder; ValueError where one has. The lock ends with the process."""
+    try:
+        fcntl = importlib.import_module("fcntl")
+    except ImportError:  # not a Unix: no such lock
+        yield
+        return
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another run is writing to {directory}; choose another --output-dir") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(handle)
 
 
 def device_cache_path(folder: str, device_name: str) -> Path:

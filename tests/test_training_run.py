@@ -221,6 +221,16 @@ def test_refused_data_leaves_no_folder(run, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_two_runs_do_not_write_into_one_folder(tmp_path):
+    def second(step, row):
+        with pytest.raises(ValueError, match=r"another run is writing to .*run; choose another --output-dir"):
+            train(TINY, tmp_path / "run")
+        train(TINY, tmp_path / "other")
+
+    train(replace(TINY, steps=2), tmp_path / "run", on_step=second)
+    train(replace(TINY, steps=3), tmp_path / "run", resume=True)  # the first has ended
+
+
 def test_files_beside_the_checkpoint_hold_the_run(tmp_path):
     config = replace(TINY, sample_every=10, sample_tokens=7)
     result = train(config, tmp_path)

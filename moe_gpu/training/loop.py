@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from moe_gpu.files import writable_directory
+from moe_gpu.files import sole_writer, writable_directory
 from moe_gpu.live.publisher import Publisher
 from moe_gpu.live.publisher import publish as publish_model
 from moe_gpu.live.status import Progress
@@ -327,7 +327,8 @@ def train(
     A resumed run on the CPU ends bitwise equal to an uninterrupted one. Ctrl-C, or KeyboardInterrupt out of `on_step`,
     writes a checkpoint between two steps and raises KeyboardInterrupt with its step and folder. `publish` lets
     `moe-gpu top` watch it.
-    Raises ValueError in one line for data, a device or a checkpoint that will not do, before anything is written.
+    Raises ValueError in one line for data, a device or a checkpoint that will not do, or while another run writes to
+    the folder, before anything is written.
     """
     directory = Path(output_dir)
     config.check_machine()
@@ -338,10 +339,16 @@ def train(
 
     text = load_text(config.data, config.device, config.context, make_tokenizer)
     writable_directory(directory)  # known before the model is made, and not there when the data will not do
-    trainer = Trainer(config, text)
-    if checkpoint:
-        trainer.restore(checkpoint, directory)
-        del checkpoint  # its tensors are in the trainer now
+    with sole_writer(directory):
+        trainer = Trainer(config, text)
+        if checkpoint:
+            trainer.restore(checkpoint, directory)
+            del checkpoint  # its tensors are in the trainer now
+        return _run(trainer, directory, on_step, publish)
+
+
+def _run(trainer: Trainer, directory: Path, on_step: OnStep | None, publish: bool) -> TrainResult:
+    config, text = trainer.config, trainer.text
     if text.train.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(text.train.device)
     files = RunFiles(directory, config, text.tokenizer, trainer.step + 1)
