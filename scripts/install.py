@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 MIN_PYTHON = (3, 10)
@@ -72,13 +73,14 @@ def main():
     has_gpu = shutil.which("nvidia-smi") is not None
     first = torch_packages(has_gpu, os.environ.get("MOE_GPU_TORCH"))
     print(f"Installing into {arguments.venv} ({'NVIDIA GPU' if has_gpu else 'no GPU'}): {' '.join(first)}", flush=True)
-    run_pip([*pip, *first])
-    find_triton = "import importlib.util, sys; sys.exit(importlib.util.find_spec('triton') is None)"
-    missing = sys.platform == "linux" and subprocess.run([pip[0], "-c", find_triton]).returncode
-    # NumPy again, so that nothing moves it past the limit.
-    run_pip([*pip, NUMPY, *([TRITON] if missing else []), "--editable", f"{root}[{arguments.extras}]"])
-    if sys.platform == "linux" and "dev" in arguments.extras.split(","):
-        install_newest_triton(pip, arguments.venv / NEWEST_TRITON_FOLDER)
+    with ThreadPoolExecutor(1) as beside:  # pip works on one core
+        if sys.platform == "linux" and "dev" in arguments.extras.split(","):
+            beside.submit(install_newest_triton, pip, arguments.venv / NEWEST_TRITON_FOLDER)
+        run_pip([*pip, *first])
+        find_triton = "import importlib.util, sys; sys.exit(importlib.util.find_spec('triton') is None)"
+        missing = sys.platform == "linux" and subprocess.run([pip[0], "-c", find_triton]).returncode
+        # NumPy again, so that nothing moves it past the limit.
+        run_pip([*pip, NUMPY, *([TRITON] if missing else []), "--editable", f"{root}[{arguments.extras}]"])
 
 
 def install_newest_triton(pip, folder):

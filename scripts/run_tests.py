@@ -80,12 +80,13 @@ def run_pytest(name: str, arguments: list[str], environment: dict[str, str], out
     return tally
 
 
-def run_lint(name: str, arguments: list[str]) -> Tally:
+def run_lint(name: str, arguments: list[str], output: IO[str] | None = None) -> Tally:
     if find_spec(arguments[0]) is None:
         return Tally(skipped=1, skips=Counter({("checks", f"{arguments[0]} is not installed"): 1}))
-    status = subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT).returncode
+    errors = None if output is None else subprocess.STDOUT
+    status = subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, stdout=output, stderr=errors).returncode
     if status:
-        print(f"{name}: ended with status {status}")
+        print(f"{name}: ended with status {status}", flush=True)
     return Tally(passed=status == 0, failed=status != 0)
 
 
@@ -123,12 +124,16 @@ def test_parts() -> list[Part]:
     ]
 
 
-def lint_parts() -> list[tuple[str, list[str]]]:
+def lint_parts() -> list[Part]:
     sources = [source for source in SOURCES if (ROOT / source).exists()]
+
+    def lint(*arguments: str) -> Callable[[str, IO[str] | None], Tally]:
+        return lambda name, output: run_lint(name, list(arguments), output)
+
     return [
-        ("ruff check", ["ruff", "check", *sources]),
-        ("ruff format", ["ruff", "format", "--check", *sources]),
-        ("mypy", ["mypy", "moe_gpu"]),
+        ("mypy", "lint", lint("mypy", "moe_gpu")),
+        ("ruff check", "lint", lint("ruff", "check", *sources)),
+        ("ruff format", "lint", lint("ruff", "format", "--check", *sources)),
     ]
 
 
@@ -188,13 +193,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=["lint", "tests", *APART], help="one part")
     only = parser.parse_args().only
-    total = Tally()
-    if only in (None, "lint"):
-        for name, arguments in lint_parts():
-            print(f"== {name}", flush=True)
-            total.add(run_lint(name, arguments))
+    parts = [*test_parts(), *lint_parts()]
     with bytecode_kept_aside():
-        total.add(run_parts([(name, run) for name, part, run in test_parts() if only in (None, part)]))
+        total = run_parts([(name, run) for name, part, run in parts if only in (None, part)])
     print()
     for (kind, reason), count in sorted(total.skips.items()):
         print(f"skipped: {count} {kind}: {reason}")

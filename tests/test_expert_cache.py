@@ -76,19 +76,19 @@ def test_autocast():
     assert cached._hbm._slots.up_EGH.dtype == torch.float32
 
 
-def test_thousands_of_random_steps():
+def test_hundreds_of_random_steps():
     cached, plain = twins(0.5, input_dim=4, expert_dim=4, hidden_dim=3, num_experts=9, top_k=3)
     spy_on_reads(cached, use_late_lane(cached._hbm.cache))
     generator = torch.Generator().manual_seed(5)
     drift_E = torch.zeros(9)
-    for _ in range(1500):
+    for _ in range(600):
         drift_E += 0.3 * torch.randn(9, generator=generator)
         tokens = int(torch.randint(0, 5, (1,), generator=generator))
         logits_TE = drift_E + torch.randn(tokens, 9, generator=generator)
         same_bits(cached, plain, torch.randn(tokens, 4, generator=generator), router_logits_TE=logits_TE)
     counts = cached._hbm.cache.stats().counts
-    assert counts.hits > 1000
-    assert counts.misses > 100
+    assert counts.hits > 400
+    assert counts.misses > 40
     assert counts.bytes_copied == (counts.misses * cached._hbm.expert_bytes + counts.bytes_prefetched)
 
 

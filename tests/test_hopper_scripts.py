@@ -285,6 +285,7 @@ def test_precision_says_how_many_repeats_differ(scripts, recorder, monkeypatch):
 
 def test_routing_is_timed_beside_the_whole_and_only_if_it_sorts_right(scripts, recorder, monkeypatch):
     monkeypatch.setattr(scripts.run, "ROUTING_SIZES", (3, 4096))
+    monkeypatch.setattr(scripts.run, "PRESETS", {scripts.run.QWEN: CONFIG})
     scripts.run.routing(recorder, TritonExpertOps("cpu"))
     found = {one.name.removeprefix(f"{scripts.run.QWEN} "): one for one in select(read_rows(recorder.path), Finding)}
     assert len(found) == 8
