@@ -13,7 +13,7 @@ Routing works on any dtype; the products run in the dtype of their inputs, so fl
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -136,7 +136,8 @@ class ExpertWeights:
 
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
         """All weights in the order of the fields, None where there is none."""
-        return tuple(getattr(self, field.name) for field in fields(self))
+        biases = self.up_bias_EG, self.mid_bias_EI, self.down_bias_EO
+        return self.up_EGH, self.down_EOI, self.mid_EII, *biases
 
 
 @dataclass(frozen=True)
