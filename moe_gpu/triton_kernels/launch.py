@@ -72,7 +72,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
         return
     x, y, z = (*grid, 1, 1)[:3]
     watched = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook  # a profiler's
-    if known.bare is None or watched[0].calls or watched[1].calls:
+    if known.bare is None or device < 0 or watched[0].calls or watched[1].calls:  # no address of the host's memory
         known.compiled[x, y, z](*arguments, *known.constants)
         return
     run, fixed, boxes = known.bare
@@ -134,11 +134,12 @@ def _key_of(
 ) -> tuple[tuple[Any, ...], list[Any]] | None:
     """What tells one compiled kernel from another, the device second; and the arguments with addresses for tensors.
 
-    None for an argument of an unknown kind. Triton asks of a tensor its dtype and whether it starts on 16 bytes, of an
+    None for an argument of an unknown kind, and for tensors on several devices: Triton says which it cannot reach. The
+    device of the host's memory is -1. Triton asks of a tensor its dtype and whether it starts on 16 bytes, of an
     integer whether it is 1, a multiple of 16 and within 32 bits, of a descriptor its box and layout, which
     hopper_common.py numbers.
     """
-    device = -1
+    device: int | None = None
     key: list[Any] = []
     values: list[Any] = []
     for argument in arguments:
@@ -154,17 +155,23 @@ def _key_of(
             address = argument.data_ptr()
             key.append((argument.dtype,) if address % 16 else argument.dtype)
             values.append(address)
-            if device < 0:
-                device = argument.get_device()
+            where = argument.get_device()
+            if where != device:
+                if device is not None:
+                    return None
+                device = where
         elif hasattr(argument, "box"):
             key.append(kind)
             key.append(argument.box)
             values.append(argument)
-            if device < 0:
-                device = argument.base.get_device()
+            where = argument.base.get_device()
+            if where != device:
+                if device is not None:
+                    return None
+                device = where
         else:
             return None
-    return (id(kernel), device, *key, *options, *options.values()), values
+    return (id(kernel), -1 if device is None else device, *key, *options, *options.values()), values
 
 
 @triton.jit

@@ -80,6 +80,9 @@ def test_other_devices_kernels_and_unknown_arguments_do_not_share():
     with mock.patch.object(torch.Tensor, "get_device", return_value=3):
         there, _ = launching._key_of(_kernel, (None, FIRST[0], *FIRST[2:]), {})
         assert there[1] == 3
+    for second in (TENSORS[1], DESCRIPTORS[0]):  # one of them is on the host
+        with mock.patch.object(torch.Tensor, "get_device", side_effect=[3, -1]):
+            assert launching._key_of(_kernel, (FIRST[0], second, *FIRST[2:]), {}) is None
 
 
 def test_a_kernel_runs_on_the_device_of_its_tensors(kernel):
@@ -191,7 +194,8 @@ def launches(monkeypatch):
     monkeypatch.setattr(nvidia, "compile_module_from_src", lambda **_: bare)
     monkeypatch.setattr(driver, "_active", _Driver(90))
     monkeypatch.setattr(launching, "_has_pdl", lambda device: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda tensor: 0)
     with mock.patch.dict(launching._KNOWN, clear=True), mock.patch.dict(launching._ENCODED, clear=True):
         yield found
 
@@ -229,6 +233,11 @@ def test_what_is_launched_below_triton_is_what_triton_launches(launches, monkeyp
         assert ours[: hooks.start] + ours[hooks.stop :] == theirs[: hooks.start] + theirs[hooks.stop :]
     assert found[0] != found[2] or found[1] != found[3], "the operands lie elsewhere"
     assert [launched[6] for launched in found[:2]] == [True, False], "only the list may start early"
+    for number, device in enumerate((-1, 0)):
+        monkeypatch.setattr(torch.Tensor, "get_device", lambda tensor, device=device: device)
+        _gluon_product(0)  # the first compiles for the host's memory, which no launcher takes the address of
+        _gluon_product(0)
+        assert (launches[-1][11] is None) == (number == 1), "only Triton asks whether memory can be reached"
     hook = HookChain()
     hook.add(lambda metadata: None)
     monkeypatch.setattr(knobs.runtime, "launch_enter_hook", hook)
