@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -203,3 +205,19 @@ def test_offsets_beyond_int32(num_tokens, width, hidden, experts, top_k):
     alone = ops.experts(small, ops.sort_routes(ids[tokens], routing_weights[tokens], experts), w)
     (small_grad,) = torch.autograd.grad(alone, small, torch.ones_like(alone))
     torch.testing.assert_close(grad[tokens], small_grad, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 64, 1024])
+@torch.no_grad()
+def test_a_tensor_in_the_hosts_memory_is_one_line_at_every_call(num_tokens):
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+    ops, x, w = TritonExpertOps("cuda"), randn(num_tokens, 128), ExpertWeights(randn(8, 128, 128), randn(8, 128, 64))
+    ids, weights = torch.randint(0, 8, (num_tokens, 2), device="cuda"), torch.rand(num_tokens, 2, device="cuda")
+    routing = ops.sort_routes(ids, weights, 8)
+    expected = ops.experts(x, routing, w)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="cannot be accessed"):
+            ops.experts(x, replace(routing, offsets_P=routing.offsets_P.cpu()), w)
+    assert torch.equal(ops.experts(x, routing, w), expected)
