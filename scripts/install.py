@@ -70,6 +70,8 @@ def main():
     pip = [str(arguments.venv / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check"]
     if not sys.stdout.isatty():
         pip.append("--quiet")
+    if "dev" in arguments.extras.split(","):
+        pip.append("--no-compile")  # a minute of bytecode, of which the tests import a tenth
     has_gpu = shutil.which("nvidia-smi") is not None
     first = torch_packages(has_gpu, os.environ.get("MOE_GPU_TORCH"))
     print(f"Installing into {arguments.venv} ({'NVIDIA GPU' if has_gpu else 'no GPU'}): {' '.join(first)}", flush=True)

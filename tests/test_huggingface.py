@@ -130,7 +130,7 @@ def test_by_name_alone_a_compiled_model_takes_any_length(monkeypatch):
     model = make_model("gpt_oss", num_hidden_layers=1)
     model.set_experts_implementation("moe_gpu")
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=True)
     with torch.no_grad():
         for length in (9, 4):
             got = compiled(prompt()[:, :length], use_cache=False).logits
