@@ -20,8 +20,10 @@ def adds_nothing(params: dict[str, Any]) -> bool:
     name = params.get("name")
     if (
         params.get("num_tokens") == 1
-        or params.get("num_experts") in (64, 257, 512)
+        or params.get("num_experts") in (8, 64, 257, 512)
         or params.get("num_rows") in (32, 64)
+        or "capacity" in params  # given choices: those of 64 bits compile the same and more
+        or (params.get("kind") == "up" and getattr(params.get("config"), "smaller_ms", ()))  # `grad_x` has one
     ):
         return True
     other = isinstance(name, str) and name.split(",")[0] in OTHERS
