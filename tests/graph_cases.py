@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
 from moe_gpu.cuda_graph_manager import CUDAGraphManager
 from moe_gpu.cuda_graph_manager.capture import Captured, making_a_graph, map_tensors
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
 
 
 class StandIn:

@@ -6,13 +6,7 @@ import pytest
 import torch
 
 from moe_gpu.cuda_graph_manager import CUDAGraphManager
-from tests.graph_cases import Doubling, StandIn, facts, rows
-
-
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.no_grad():
-        yield
+from tests.graph_cases import Doubling, StandIn, facts, no_gradients, rows  # noqa: F401 fixtures
 
 
 @pytest.fixture

@@ -16,15 +16,9 @@ from moe_gpu.cuda_graph_manager import CUDAGraphManager
 from moe_gpu.cuda_graph_manager.capture import Captured
 from moe_gpu.model import AdvancedMoELayer
 from moe_gpu.profiler import ExpertProfiler
-from tests.graph_cases import StandIn, rows
+from tests.graph_cases import StandIn, no_gradients, rows  # noqa: F401 fixtures
 
 SIZES = dict(input_dim=12, expert_dim=12, hidden_dim=8, num_experts=5, top_k=2)
-
-
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture

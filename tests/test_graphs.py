@@ -17,13 +17,7 @@ from moe_gpu.cuda_graph_manager import CaptureError, CUDAGraphManager
 from moe_gpu.cuda_graph_manager.capture import first_rows, making_a_graph, map_tensors
 from moe_gpu.cuda_graph_manager.manager import FAILED, TOO_FEW
 from moe_gpu.cuda_graph_manager.packing import LARGEST_BYTES, pack
-from tests.graph_cases import Doubling, StandIn, facts, rows
-
-
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.no_grad():
-        yield
+from tests.graph_cases import Doubling, StandIn, facts, no_gradients, rows  # noqa: F401 fixtures
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import torch
 from moe_gpu.config import RouterConfig
 from moe_gpu.triton_kernels import routing
 from moe_gpu.triton_kernels.decode import decode_config, decode_forward, decode_unsupported, fp8_decode_config
+from moe_gpu.triton_kernels.dispatch import IMPLEMENTATIONS, NAMESPACE, autograd_kernel, call
 from moe_gpu.triton_kernels.expert_mlp import expert_mlp_forward
 from moe_gpu.triton_kernels.fp8 import dequantise, step_depth
 from moe_gpu.triton_kernels.gather_scatter import (
@@ -31,7 +32,6 @@ from moe_gpu.triton_kernels.products import Products
 from moe_gpu.triton_kernels.routing_grad import route_backward
 from moe_gpu.triton_kernels.tuning import FP8_GROUPED_ROWS_PER_EXPERT, FP8_MAX_ROWS_PER_EXPERT, mlp_config
 
-NAMESPACE = "moe_gpu"
 _ROUTER = (
     "str score_function, bool softmax_after_topk, bool norm_topk_prob, float routed_scaling_factor, "
     "int n_group, int topk_group"
@@ -64,32 +64,6 @@ _SCHEMAS = {
     "grouped_gemm_backward": "(Tensor grad, Tensor a, Tensor w, Tensor? bias, Tensor offsets, int? sm_budget)"
     " -> (Tensor, Tensor, Tensor)",
 }
-
-
-# Arguments of which no subclass of a tensor, fake or distributed, is one.
-_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str, torch.dtype})
-
-
-def call(name: str, *arguments: Any) -> Any:
-    """`torch.ops.moe_gpu.<name>(*arguments)`, past the dispatcher where that is the same and costs the host less."""
-    if _dispatched(arguments):
-        return getattr(torch.ops.moe_gpu, name)(*arguments)
-    return globals()[f"_{name}"](*arguments)
-
-
-def _dispatched(arguments: tuple[Any, ...]) -> bool:
-    """Whether anything would see an operator's call: gradients, tracing, modes, transforms, a profiler, a subclass."""
-    return (
-        torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-        or arguments[0].is_meta
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch.autograd._profiler_enabled()
-        or torch.jit.is_tracing()
-        or not _PLAIN.issuperset(map(type, arguments))
-    )
 
 
 _router = functools.lru_cache(maxsize=64)(RouterConfig)
@@ -474,42 +448,6 @@ _AUTOGRAD: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 }
 
 
-def _autograd_kernel(name: str, backward: Callable[..., Any], save: Callable[..., Any]) -> Callable[..., Any]:
-    """The operator's kernel for the dispatcher's Autograd key.
-
-    What `torch.library.register_autograd` makes, less its filling in of default arguments on every call: that converts
-    the whole schema once for each argument, 0.1 ms for fifteen, and these operators have no defaults.
-    """
-    operator = getattr(getattr(torch.ops, NAMESPACE), name).default
-    implementation = globals()[f"_{name}"]
-
-    def below(keyset, *arguments):
-        if not _dispatched(arguments):
-            return implementation(*arguments)
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
-
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, *arguments_and_keyset):
-            *arguments, keyset = arguments_and_keyset
-            output = below(keyset, *arguments)
-            save(ctx, arguments, output)
-            return output
-
-        @staticmethod
-        def backward(ctx, *grads):
-            return *backward(ctx, *grads), None
-
-    def kernel(keyset, *arguments):
-        wanted = (isinstance(value, torch.Tensor) and value.requires_grad for value in arguments)
-        if torch.is_grad_enabled() and any(wanted):
-            return Function.apply(*arguments, keyset)
-        return below(keyset, *arguments)
-
-    return kernel
-
-
 @functools.cache
 def register() -> None:
     """Define the operators, once a process.
@@ -517,11 +455,12 @@ def register() -> None:
     Straight on the dispatcher: `torch.library.custom_op` adds checks to every call that cost more than our launches.
     """
     library = torch.library.Library(NAMESPACE, "DEF")
+    IMPLEMENTATIONS.update({name: globals()[f"_{name}"] for name in _SCHEMAS})
     for name, schema in _SCHEMAS.items():
         library.define(name + schema)
         for dispatch_key in ("CPU", "CUDA"):
-            library.impl(name, globals()[f"_{name}"], dispatch_key)
+            library.impl(name, IMPLEMENTATIONS[name], dispatch_key)
         torch.library.register_fake(f"{NAMESPACE}::{name}", globals()[f"_{name}_fake"], lib=library)
         if name in _AUTOGRAD:
-            library.impl(name, _autograd_kernel(name, *_AUTOGRAD[name]), "Autograd", with_keyset=True)
+            library.impl(name, autograd_kernel(name, *_AUTOGRAD[name]), "Autograd", with_keyset=True)
     _LIBRARIES.append(library)

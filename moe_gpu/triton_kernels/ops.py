@@ -62,10 +62,10 @@ class TritonExpertOps:
         self.backend = choose_backend(device.type, device.index, use_triton)
         reference_op.register()
         if self.backend.name == "triton":
-            from moe_gpu.triton_kernels import custom_ops
+            from moe_gpu.triton_kernels import custom_ops, dispatch
 
             custom_ops.register()
-            self._call = custom_ops.call
+            self._call = dispatch.call
 
     def with_budget(self, sm_budget: int | None) -> TritonExpertOps:
         """The same operations in so many SMs; None: in every one."""

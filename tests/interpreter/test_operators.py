@@ -9,7 +9,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe_gpu.triton_kernels import custom_ops
+from moe_gpu.triton_kernels.dispatch import is_heard
 from moe_gpu.triton_kernels.ops import TritonExpertOps
 from tests import operator_cases as cases
 
@@ -58,7 +58,7 @@ def test_an_operator_passes_the_dispatcher_by_only_where_nothing_listens():
     ops, ids, scores = TritonExpertOps("cpu"), torch.zeros(3, 2, dtype=torch.int32), torch.ones(3, 2)
     sort = functools.partial(ops.sort_routes, ids, scores, 4)
     silent = sort()
-    assert not custom_ops._dispatched((ids, 4, None))
+    assert not is_heard((ids, 4, None))
     with _Listener() as mode:
         listened = sort()
     assert "moe_gpu::sort_routes" in mode.heard
@@ -67,12 +67,12 @@ def test_an_operator_passes_the_dispatcher_by_only_where_nothing_listens():
     assert "moe_gpu::sort_routes" in {event.key for event in profile.key_averages()}
     assert all(torch.equal(a, b) for a, b in zip(vars(silent).values(), vars(listened).values(), strict=True))
     for heard in (ids.as_subclass(_Subclass), FakeTensorMode().from_tensor(ids), ids.to("meta")):
-        assert custom_ops._dispatched((heard, 4, None))
+        assert is_heard((heard, 4, None))
     with torch.autograd.forward_ad.dual_level():
-        assert custom_ops._dispatched((ids,))
+        assert is_heard((ids,))
     with torch.enable_grad():
-        assert custom_ops._dispatched((ids,))
+        assert is_heard((ids,))
     inside = []
-    torch.func.vmap(lambda x: inside.append(custom_ops._dispatched((ids,))) or x)(scores)
-    torch.jit.trace(lambda x: inside.append(custom_ops._dispatched((ids,))) or x, scores, check_trace=False)
+    torch.func.vmap(lambda x: inside.append(is_heard((ids,))) or x)(scores)
+    torch.jit.trace(lambda x: inside.append(is_heard((ids,))) or x, scores, check_trace=False)
     assert inside == [True, True]
