@@ -118,7 +118,7 @@ class ExpertSlices:
             for allocation, runs in zip(self.manager.allocations, tenants, strict=True):
                 with self.manager.enter(allocation.expert_id) as entered:
                     start = None if timing is None else _now()
-                    # Kernels for decoding take no budget; in a partition the hardware keeps them to it.
+                    # Triton's kernels for decoding take no budget; in a partition the hardware keeps them to it.
                     unlimited = decoding and slices[allocation.expert_id].enforced
                     compute(runs, ops.with_budget(None if unlimited else entered.sm_budget))
                     if timing is not None and start is not None:

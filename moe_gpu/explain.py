@@ -94,10 +94,11 @@ def layer_products(config: MoEConfig) -> list[LayerProduct]:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What serves one step of a layer. path: `triton`, `gluon`, or `decode` (Triton's for few rows).
+    """What serves one step of a layer. path: `triton`, `gluon`, or for few rows `decode` (Triton) and `gluon decode`.
 
     flops and min_bytes: the least work (each active expert's weights once); floor_ms: that work at the ceilings that
-    `moe-gpu tune` measured on this GPU model, None where it did not. measured_ms: of the table's entry.
+    `moe-gpu tune` measured on this GPU model, None where it did not. measured_ms: of the table's entry. wide_rows: are
+    rows left in float32.
     """
 
     step: str
@@ -111,6 +112,7 @@ class Explanation:
     min_bytes: int | None = None
     floor_ms: float | None = None
     measured_ms: float | None = None
+    wide_rows: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -185,8 +187,9 @@ def explain_layer(
             )
         )
     routes = 4 * 4 * rows  # ids, weights, and the two maps between rows and routes
-    if _decode_serves(gpu, c, dtype, rows, sm_budget):
-        explanations[:0] = [_explain_decode(step, c, rows, gpu, floor_ms) for step in explanations[:2]]
+    decode = _decode_path(gpu, c, dtype, rows, sm_budget)
+    if decode is not None:
+        explanations[:0] = [_explain_decode(decode, step, c, rows, sms, floor_ms) for step in explanations[:2]]
     route = moved("route", num_tokens * c.num_experts * element + routes)
     combine = moved("combine", element * (rows * c.expert_dim + num_tokens * c.expert_dim) + 8 * rows)
     sum_x = moved("combine (grad_x)", element * (rows * c.input_dim + num_tokens * c.input_dim) + 4 * rows)
@@ -194,40 +197,66 @@ def explain_layer(
     return [route, *explanations[:forward], combine, *explanations[forward:], sum_x]
 
 
-def _decode_serves(gpu: Gpu, c: MoEConfig, dtype: torch.dtype, rows: int, sm_budget: int | None) -> bool:
-    """Whether the kernels for few rows serve inference, as custom_ops.py asks."""
+def _decode_path(gpu: Gpu, c: MoEConfig, dtype: torch.dtype, rows: int, sm_budget: int | None) -> str | None:
+    """Which kernels for few rows serve inference, if any, as custom_ops.py asks."""
     from moe_gpu.triton_kernels import decode
 
     if gpu.device is not None:
-        x = torch.empty(1, c.input_dim, dtype=dtype, device=gpu.device)
-        return decode.decode_unsupported(x, rows, c.num_experts, c.depth, False, sm_budget) is None
-    fits = gpu.capability >= decode.MIN_CAPABILITY and gpu.shared_bytes >= HOPPER_SHARED_BYTES
+        x = torch.empty(rows // c.top_k, c.input_dim, dtype=dtype, device=gpu.device)
+        up = torch.empty(1, c.up_rows, c.input_dim, dtype=dtype, device="meta")
+        weights = up, torch.empty(1, c.expert_dim, c.hidden_dim, dtype=dtype, device="meta")
+        if decode.hopper_decode_unsupported(x, weights, rows, c.num_experts, c.depth, False) is None:
+            return "gluon decode"
+        serves = decode.decode_unsupported(x, rows, c.num_experts, c.depth, False, sm_budget) is None
+        return "decode" if serves else None
+    if gpu.capability < decode.MIN_CAPABILITY or gpu.shared_bytes < HOPPER_SHARED_BYTES:
+        return None
+    if dtype.itemsize != 2 or c.depth != 1:
+        return None
+    aligned = c.input_dim % 8 == c.hidden_dim % 8 == 0 and c.num_experts <= decode.HOPPER_DECODE_MAX_EXPERTS
+    most = min(decode.HOPPER_DECODE_MAX_ROWS_PER_EXPERT * c.num_experts, decode.HOPPER_DECODE_MAX_TOKENS * c.top_k)
+    if gpu.capability == (9, 0) and aligned and rows <= most:
+        return "gluon decode"
     few = rows <= decode.DECODE_MAX_ROWS_PER_EXPERT * c.num_experts
-    return fits and few and dtype.itemsize == 2 and c.depth == 1 and sm_budget is None
+    return "decode" if few and sm_budget is None else None
 
 
 def _explain_decode(
-    step: Explanation, c: MoEConfig, rows: int, gpu: Gpu, floor_ms: Callable[[int, int], float | None]
+    path: str, step: Explanation, c: MoEConfig, rows: int, sms: int, floor_ms: Callable[[int, int], float | None]
 ) -> Explanation:
     """What serves `up` or `down` of inference, whose grouped product is `step`."""
-    from moe_gpu.triton_kernels.decode import DECODE_MAX_ROWS_PER_EXPERT, decode_config
+    from moe_gpu.triton_kernels import decode
 
-    config = decode_config(rows)
     up = step.step == "up"
-    tile, columns = (config.up, c.hidden_dim) if up else (config.down, c.expert_dim)
-    row_tiles = min(rows, cdiv(rows, config.block_m) + min(c.num_experts, rows))
-    flops, num_bytes = step.flops or 0, (step.min_bytes or 0) + (0 if up else 2 * rows * c.expert_dim)  # float32 out
+    if path == "gluon decode":
+        most, note = decode.HOPPER_DECODE_MAX_ROWS_PER_EXPERT, f" and {decode.HOPPER_DECODE_MAX_TOKENS} tokens"
+        hopper = decode.hopper_decode_config(rows, c.num_experts, c.input_dim, c.hidden_dim)
+        fold = hopper.up_fold if up else hopper.down_fold
+        tile = {"block_m": hopper.rows, "fold": fold, "stages": hopper.stages}
+        columns = hopper.rows * max(hopper.up_fold, hopper.down_fold)
+        programs, shared = sms, hopper.stages * 512 * (64 + columns)
+        note += "; up and down are one launch"
+    else:
+        most, shared, note = decode.DECODE_MAX_ROWS_PER_EXPERT, None, ""
+        config = decode.decode_config(rows)
+        half, width = (config.up, c.hidden_dim) if up else (config.down, c.expert_dim)
+        tile = {"block_m": config.block_m, **asdict(half)}
+        row_tiles = min(rows, cdiv(rows, config.block_m) + min(c.num_experts, rows))
+        programs = cdiv(width, half.block_n) * row_tiles
+    wide = not up and decode.rows_dtype(torch.bfloat16, rows, c.num_experts) == torch.float32
+    flops, num_bytes = step.flops or 0, (step.min_bytes or 0) + (2 * rows * c.expert_dim if wide else 0)
     return replace(
         step,
         step=f"{step.step} (inference)",
-        path="decode",
-        why=f"inference with at most {DECODE_MAX_ROWS_PER_EXPERT} row an expert",
-        tile={"block_m": config.block_m, **asdict(tile)},
-        programs=cdiv(columns, tile.block_n) * row_tiles,
-        shared_bytes=None,
+        path=path,
+        why=f"inference with at most {most} row{'s' if most > 1 else ''} an expert{note}",
+        tile=tile,
+        programs=programs,
+        shared_bytes=shared,
         min_bytes=num_bytes,
         floor_ms=floor_ms(flops, num_bytes),
         measured_ms=None,
+        wide_rows=wide,
     )
 
 
@@ -324,8 +353,7 @@ def _elements_per_row(kind: str, weights: str, c: MoEConfig, training: bool, ste
     if kind == "up":
         return c.input_dim / c.top_k + c.hidden_dim + (c.up_rows if training else 0)
     if kind == "down":
-        wide = step is not None and step.path == "decode"  # writes float32
-        return c.hidden_dim + c.expert_dim * (2 if wide else 1)
+        return c.hidden_dim + c.expert_dim * (2 if step is not None and step.wide_rows else 1)
     if kind == "grad_act":
         return c.expert_dim / c.top_k + 2 * c.up_rows + c.hidden_dim
     if kind == "grad_x":

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from moe_gpu import tune, tune_problem
-from moe_gpu.config import PRESETS
+from moe_gpu.config import PRESETS, MoEConfig
 from moe_gpu.explain import Gpu, described_gpu, explain_layer, layer_products, layer_work
 from moe_gpu.results import Ceiling, Machine
 from moe_gpu.triton_kernels import tile_table
@@ -416,8 +416,22 @@ def test_inference_with_few_rows_is_explained_as_the_decode_path(cache):
     config = PRESETS["qwen3-30b-a3b"]
     steps = explain_layer(GPU, config, 16, torch.bfloat16)
     assert [step.step for step in steps][:6] == ["route", "up (inference)", "down (inference)", "up", "down", "combine"]
-    assert steps[1].path == "decode"
-    assert steps[2].min_bytes == steps[4].min_bytes + 2 * 128 * 2048
-    for other in ({"num_tokens": 17}, {"sm_budget": 66}, {"dtype": torch.float32}):
+    assert steps[1].path == "gluon decode"
+    assert steps[2].min_bytes == steps[4].min_bytes + 2 * 128 * 2048  # float32, up to a row an expert
+    assert steps[1].programs == 132
+    assert explain_layer(GPU, config, 16, torch.bfloat16, sm_budget=66)[1].programs == 66
+    steps = explain_layer(GPU, config, 128, torch.bfloat16)
+    assert steps[1].path == "gluon decode"
+    assert steps[2].min_bytes == steps[4].min_bytes
+    for other in ({"num_tokens": 129}, {"dtype": torch.float32}):
         steps = explain_layer(GPU, config, **{"num_tokens": 16, "dtype": torch.bfloat16, **other})
-        assert "decode" not in {step.path for step in steps}
+        assert not any("decode" in step.path for step in steps)
+
+
+def test_what_gluon_does_not_decode_plain_triton_does(cache):
+    newer, odd = replace(GPU, capability=(10, 0)), MoEConfig(2044, 2044, 768, 128, 8)
+    for gpu, config in ((newer, PRESETS["qwen3-30b-a3b"]), (GPU, odd)):
+        assert explain_layer(gpu, config, 16, torch.bfloat16)[1].path == "decode"
+        for other in ({"num_tokens": 17}, {"sm_budget": 66}):
+            steps = explain_layer(gpu, config, **{"num_tokens": 16, "dtype": torch.bfloat16, **other})
+            assert not any("decode" in step.path for step in steps)

@@ -14,7 +14,15 @@ import torch
 
 from moe_gpu.config import RouterConfig
 from moe_gpu.triton_kernels import routing
-from moe_gpu.triton_kernels.decode import decode_config, decode_forward, decode_unsupported, fp8_decode_config
+from moe_gpu.triton_kernels.decode import (
+    decode_config,
+    decode_forward,
+    decode_unsupported,
+    fp8_decode_config,
+    hopper_decode_config,
+    hopper_decode_unsupported,
+    rows_dtype,
+)
 from moe_gpu.triton_kernels.dispatch import IMPLEMENTATIONS, NAMESPACE, autograd_kernel, call
 from moe_gpu.triton_kernels.expert_mlp import expert_mlp_forward
 from moe_gpu.triton_kernels.fp8 import dequantise, step_depth
@@ -25,7 +33,7 @@ from moe_gpu.triton_kernels.gather_scatter import (
     route_dot,
     weight_gradient,
 )
-from moe_gpu.triton_kernels.grouped_gemm import num_sms, row_contiguous, shared_bytes
+from moe_gpu.triton_kernels.grouped_gemm import num_sms, row_contiguous, shared_bytes, usable_sms
 from moe_gpu.triton_kernels.load_counts import count_load
 from moe_gpu.triton_kernels.placing import sort_routes
 from moe_gpu.triton_kernels.products import Products
@@ -187,12 +195,20 @@ def _rows(
     Kernel and tile are chosen as for `tiled_experts` experts, so that rows are the same to the bit whether the weights
     are of all experts or of some.
     """
-    depth = 1 if o.mid is None else 2
-    if decode_unsupported(o.x, o.num_rows, tiled_experts, depth, save, o.sm_budget) is None:
-        rows = (o.x, o.row_route, o.offsets, o.top_k)
-        config = decode_config(o.num_rows)
-        return decode_forward(*rows, o.up, o.down, o.activation, config, o.up_bias, o.down_bias, out), None, None
     o = o._replace(x=row_contiguous(o.x))
+    depth = 1 if o.mid is None else 2
+    rows, biases = (o.x, o.row_route, o.offsets, o.top_k), (o.up_bias, o.down_bias)
+    if hopper_decode_unsupported(o.x, (o.up, o.down), o.num_rows, tiled_experts, depth, save) is None:
+        from moe_gpu.triton_kernels.hopper_decode import decode_forward_hopper
+
+        if out is None:
+            out = o.x.new_empty(o.num_rows, o.down.shape[1], dtype=rows_dtype(o.x.dtype, o.num_rows, tiled_experts))
+        tile = hopper_decode_config(o.num_rows, tiled_experts, o.x.shape[1], o.down.shape[2])
+        programs = usable_sms(o.x.device, o.sm_budget)
+        return decode_forward_hopper(*rows, o.up, o.down, o.activation, tile, programs, *biases, out), None, None
+    if decode_unsupported(o.x, o.num_rows, tiled_experts, depth, save, o.sm_budget) is None:
+        config = decode_config(o.num_rows)
+        return decode_forward(*rows, o.up, o.down, o.activation, config, *biases, out), None, None
     products = o.products(tiled_experts=tiled_experts)
     keep: dict[str, Any] = {"activation": o.activation, "save_h": save}
     gather: dict[str, Any] = {"route_R": o.row_route, "top_k": o.top_k}

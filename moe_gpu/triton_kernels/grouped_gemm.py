@@ -311,10 +311,13 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
 
 
+def usable_sms(device: torch.device, sm_budget: int | None) -> int:
+    return num_sms(device) if sm_budget is None else min(num_sms(device), sm_budget)
+
+
 def num_programs(device: torch.device, config: GemmConfig, num_tiles: int, sm_budget: int | None = None) -> int:
     """Programs to launch: no more than there are tiles, and none beyond the SMs (or `sm_budget` of them)."""
-    sms = num_sms(device) if sm_budget is None else min(num_sms(device), sm_budget)
-    return max(1, min(num_tiles, sms * config.programs_per_sm))
+    return max(1, min(num_tiles, usable_sms(device, sm_budget) * config.programs_per_sm))
 
 
 def tile_bound(num_rows: int, num_experts: int, num_columns: int, config: GemmConfig) -> int:

@@ -12,7 +12,7 @@ import torch
 
 from moe_gpu.triton_kernels.fp8 import dequantise, fp8_unavailable, fp8_unfit, step_depth
 from moe_gpu.triton_kernels.gather_scatter import permute_forward
-from moe_gpu.triton_kernels.grouped_gemm import grouped_gemm_forward, num_sms, shared_bytes
+from moe_gpu.triton_kernels.grouped_gemm import grouped_gemm_forward, shared_bytes, usable_sms
 from moe_gpu.triton_kernels.grouped_gemm_grad import grouped_gemm_grad_act, grouped_gemm_grad_w
 from moe_gpu.triton_kernels.tile_table import choose_tile, device_name
 from moe_gpu.triton_kernels.tuning import (
@@ -53,6 +53,7 @@ def hopper_unavailable(device: torch.device) -> str | None:
     if (major, minor) != (9, 0):
         return f"they are for compute capability 9.0, this GPU has {major}.{minor}"
     try:
+        import moe_gpu.triton_kernels.hopper_decode
         import moe_gpu.triton_kernels.hopper_grad
         import moe_gpu.triton_kernels.hopper_grad_w  # noqa: F401
     except (ImportError, AttributeError) as error:  # Gluon moves and renames things between releases
@@ -146,8 +147,7 @@ class Products:
 
     @property
     def _programs(self) -> int:
-        sms = num_sms(self.device)
-        return sms if self.sm_budget is None else min(sms, self.sm_budget)
+        return usable_sms(self.device, self.sm_budget)
 
     def reads_fp8(self, values_ENK: torch.Tensor, scales_EBC: torch.Tensor) -> bool:
         """Whether the product reads FP8 weights as they are, or they are dequantised first."""

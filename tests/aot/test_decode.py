@@ -8,9 +8,11 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 
 from moe_gpu.triton_kernels import decode, tuning
-from tests.aot.compiling import compile_for
+from moe_gpu.triton_kernels.hopper_decode import decode_forward_hopper
+from tests.aot.compiling import CHOSEN_TRITON, compile_for, compiling_launches
 
 COPY = r"cp\.async\.c[ag]\.shared\.global[^;]*(0x[0-9a-f]+)"
 ALIGNED = ("H", "I", "O", "x_stride", "w_stride_e", "w_stride_n")
@@ -59,3 +61,51 @@ def test_decode_tile(num_rows, weights):
         assert len(widths) == compiled.num_async_copies > 0
         # FP8 lies in shared memory by eights, as sixteen bytes of what it is converted into.
         assert set(widths) == ({8, 16} if fp8 else {16, rows_width})
+
+
+QWEN, MIXTRAL, DEEPSEEK = (128, 8, 2048, 768), (8, 2, 4096, 14336), (256, 8, 7168, 2048)  # E, K, H, I
+# Between them every tile that the rule gives, every activation that costs registers, biases, and the most experts.
+GLUON = [
+    (1, QWEN, "swiglu", False),
+    (16, QWEN, "geglu", True),
+    (128, QWEN, "swiglu", False),
+    (64, (512, 8, 2048, 768), "gelu_tanh", True),
+    (1, MIXTRAL, "swiglu", True),
+    (8, MIXTRAL, "swiglu", False),
+    (64, DEEPSEEK, "swiglu", False),
+    (8, DEEPSEEK, "swiglu", False),
+    (5, (4, 2, 40, 24), "swiglu", False),
+]
+
+
+@pytest.mark.parametrize(("num_tokens", "shape", "activation", "bias"), GLUON if CHOSEN_TRITON else GLUON[:2])
+def test_gluon_decode_tile(num_tokens, shape, activation, bias):
+    experts, top_k, width, hidden = shape
+
+    def new(*sizes: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(sizes, dtype=dtype, device="meta")
+
+    rows, up_rows = num_tokens * top_k, hidden * (2 if activation in ("swiglu", "geglu") else 1)
+    with compiling_launches(90) as launches:
+        decode_forward_hopper(
+            new(num_tokens, width),
+            new(rows, dtype=torch.int32),
+            new(experts + 1, dtype=torch.int32),
+            top_k,
+            new(experts, up_rows, width),
+            new(experts, width, hidden),
+            activation,
+            decode.hopper_decode_config(rows, experts, width, hidden),
+            132,
+            new(experts, up_rows) if bias else None,
+            new(experts, width) if bias else None,
+        )
+    (compiled,) = launches
+    assert compiled.spills == 0
+    assert compiled.shared_bytes <= tuning.HOPPER_SHARED_BYTES
+    assert compiled.num_wgmma > 0
+    assert compiled.num_mma_sync == 0
+    assert compiled.num_tma > 0
+    assert compiled.num_setmaxnreg > 0
+    widths = {int(width, 16) for width in re.findall(COPY, compiled.ptx)}
+    assert widths == {16}

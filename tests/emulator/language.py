@@ -15,7 +15,9 @@ from tests.emulator.memory import Barrier, Barriers, Cell, Descriptor, Pointer, 
 from tests.emulator.program import Copy, Fault, now, pause
 
 
-def _load(pointer: Pointer, mask: Any = None, other: Any = 0) -> Any:
+def _load(pointer: Pointer, mask: Any = None, other: Any = 0, volatile: bool = False) -> Any:
+    if volatile:
+        pause()
     values = pointer.memory[pointer.check(mask)]
     if mask is not None:
         values = torch.where(mask, values, torch.tensor(other, dtype=values.dtype))
@@ -58,6 +60,13 @@ def _reduce(operation: Callable) -> Callable:
         return values.item() if values.dim() == 0 else values
 
     return reduce
+
+
+def _associative_scan(x: torch.Tensor, axis: int, combine: Callable) -> torch.Tensor:
+    parts = list(x.unbind(axis))
+    for i in range(1, len(parts)):
+        parts[i] = combine(parts[i - 1], parts[i])
+    return block(torch.stack(parts, axis))
 
 
 def _allocate(dtype: torch.dtype, shape: Sequence[int], layout: None) -> SharedMemory | Barriers:
@@ -248,18 +257,23 @@ _LANGUAGE = types.SimpleNamespace(
     sum=_reduce(torch.sum),
     max=_reduce(torch.amax),
     cumsum=torch.cumsum,
+    associative_scan=_associative_scan,
     exp=torch.exp,
     erf=torch.erf,
+    thread_barrier=_nothing,
+    barrier=_nothing,
     allocate_shared_memory=_allocate,
     warp_specialize=_warp_specialize,
     BlockedLayout=_nothing,
     SliceLayout=_nothing,
+    SwizzledSharedLayout=_nothing,
     NVMMADistributedLayout=_nothing,
     NVMMASharedLayout=types.SimpleNamespace(get_default_for=_nothing),
 )
 # By the last part of a module's name; copies carry the names of every release.
 MODULES = {
     "language": _LANGUAGE,
+    "_core": _LANGUAGE,
     "tma": types.SimpleNamespace(
         async_copy_global_to_shared=_tma_load,
         async_load=_tma_load,

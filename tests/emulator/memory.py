@@ -41,6 +41,10 @@ class Pointer:
     def shape(self) -> torch.Size:
         return self.offset.shape
 
+    @property
+    def dtype(self) -> types.SimpleNamespace:
+        return types.SimpleNamespace(element_ty=self.memory.dtype)
+
     def check(self, mask: torch.Tensor | None) -> torch.Tensor:
         """The offsets, 0 where masked; all others must lie in the tensor."""
         offset = torch.as_tensor(self.offset).long()
