@@ -3,8 +3,8 @@
 bf16, ids and weights given: sorting the routes, experts, combine. Each table is interleaved in this process with a cold
 L2: `training` (forward and forward+backward, peak memory; beside them `bmm`, the two or six matrix products over equal
 groups as cuBLAS batched products, without gather, activation or combine), `decode` and `skew` (CUDA graphs that rotate
-copies of the weights, beside vLLM's experts and OpenAI's triton_kernels; skew's largest sizes eager, ours alone, with
-uniform routing in turn), `fp8` (weights in FP8 beside the same in bf16, in such graphs: by the rules, and by each way
+copies of the weights, beside vLLM's experts and OpenAI's triton_kernels), `large_skew` (eager, ours alone, with uniform
+routing in turn), `fp8` (weights in FP8 beside the same in bf16, in such graphs: by the rules, and by each way
 there is), `budget` (the same on fewer SMs, each for a second by itself, with the clock meanwhile), `precision` (are
 repeats equal bit for bit) and `routing` (what choosing and sorting take, and their share of the whole). `--table` runs
 some only.
@@ -48,7 +48,7 @@ from moe_gpu.reference import ExpertWeights, QuantisedExperts, sort_routes_refer
 from moe_gpu.results import Finding, Row, percentile, write_rows
 from moe_gpu.triton_kernels.ops import TritonExpertOps
 
-TABLES = ("training", "decode", "skew", "fp8", "budget", "precision", "routing")
+TABLES = ("training", "decode", "skew", "large_skew", "fp8", "budget", "precision", "routing")
 QWEN, MIXTRAL, OLMOE, DEEPSEEK = "qwen3-30b-a3b", "mixtral-8x7b", "olmoe-1b-7b", "deepseek-v3"
 TRAINING = [
     (QWEN, PRESETS[QWEN], 16384),
@@ -61,8 +61,8 @@ TRAINING = [
 ]
 DECODE = [
     (QWEN, PRESETS[QWEN], (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096)),
-    (MIXTRAL, PRESETS[MIXTRAL], (1, 8, 64, 256, 1024)),
-    (DEEPSEEK, PRESETS[DEEPSEEK], (1, 8, 64, 256, 1024)),
+    (MIXTRAL, PRESETS[MIXTRAL], (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096)),
+    (DEEPSEEK, PRESETS[DEEPSEEK], (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096)),
 ]
 PEER_SIZES = (1, 8, 64, 256, 1024, 4096)  # each size may cost a peer a compilation
 ROUTINGS = ("uniform", "zipf-1.2")
@@ -79,6 +79,7 @@ SUSTAINED_S, SUSTAINED_CALLS = 1.0, 8
 BUDGET_GOAL = 0.1  # that the rate may be off proportional by
 COPY_BYTES = 400 << 20  # weights that together leave nothing of each other in the L2
 GRAPH_BUDGET_S = 0.12
+FEW_TOKENS, MOST_ROUNDS = 64, 8  # fewer go round the copies more often: starting a graph takes microseconds
 
 Builds = dict[str, Callable[[], tuple[Job, dict[str, Any]]]]
 
@@ -220,11 +221,11 @@ def training(recorder: Recorder, ops: TritonExpertOps) -> None:
             torch.cuda.empty_cache()
 
 
-def graph_job(p: Problem, calls: Sequence[Callable[[], torch.Tensor]]) -> tuple[Job, dict[str, Any]]:
-    """One replay of all the calls, which compute the problem with a copy of the weights each; every output checked."""
+def graph_job(p: Problem, calls: Sequence[Callable[[], torch.Tensor]], rounds: int = 1) -> tuple[Job, dict[str, Any]]:
+    """One replay of rounds of calls, which compute the problem with a copy of the weights each; outputs are checked."""
     with torch.no_grad():
         errors = [p.check(call()) for call in calls]
-        captured = capture(lambda: [call() for call in calls][-1], p.x.device)
+        captured = capture(lambda: [call() for _ in range(rounds) for call in calls][-1], p.x.device)
     return Job(lambda _: captured.replay()), max(errors, key=lambda one: one["max_error"])
 
 
@@ -244,29 +245,30 @@ class GraphBench:
         self.absent = {name: reason for name, reason in reasons.items() if reason is not None}
         self.converted: dict[str, list[Any]] = {}
 
-    def peer_job(self, peer: Peer, p: Problem) -> tuple[Job, dict[str, Any]]:
+    def peer_job(self, peer: Peer, p: Problem, rounds: int) -> tuple[Job, dict[str, Any]]:
         if peer.name not in self.converted:
             self.converted[peer.name] = [peer.convert(weights) for weights in self.stacked]
         with torch.no_grad():
             calls = [peer.bind(p, weights) for weights in self.converted[peer.name]]
-        job, facts = graph_job(p, calls)
+        job, facts = graph_job(p, calls, rounds)
         return job, dict(facts, backend=peer.backend)
 
     def record(self, num_tokens: int, routing: str) -> None:
         p = Problem(self.config, num_tokens, routing, self.stacked[0])
+        rounds = min(MOST_ROUNDS, max(1, FEW_TOKENS // num_tokens))
         ours = [functools.partial(run_ours, p, self.ops, weights) for weights in self.stacked]
-        builds: Builds = {"moe_gpu": lambda: graph_job(p, ours)}
+        builds: Builds = {"moe_gpu": lambda: graph_job(p, ours, rounds)}
         compared = num_tokens in PEER_SIZES
         if compared:
             present = [peer for peer in PEERS if peer.name not in self.absent]
-            builds |= {peer.name: functools.partial(self.peer_job, peer, p) for peer in present}
+            builds |= {peer.name: functools.partial(self.peer_job, peer, p, rounds) for peer in present}
         self.recorder.record(
             self.model,
             p,
             "forward",
             "graph",
             builds,
-            calls=len(self.stacked),
+            calls=len(self.stacked) * rounds,
             budget_s=GRAPH_BUDGET_S,
             absent=self.absent if compared else {},
         )
@@ -286,8 +288,12 @@ def skew(recorder: Recorder, ops: TritonExpertOps) -> None:
     for num_tokens in SKEW_GRAPH_SIZES:
         for routing in SKEWS:
             bench.record(num_tokens, routing)
+
+
+def large_skew(recorder: Recorder, ops: TritonExpertOps) -> None:
+    weights = make_weights(PRESETS[QWEN])
     for num_tokens in SKEW_EAGER_SIZES:
-        skew_in_turn(recorder, ops, bench.stacked[0], num_tokens)
+        skew_in_turn(recorder, ops, weights, num_tokens)
 
 
 def skew_in_turn(recorder: Recorder, ops: TritonExpertOps, weights: ExpertWeights, num_tokens: int) -> None:

@@ -66,7 +66,7 @@ def install(monkeypatch, name, **attributes):
 
 
 def test_arguments_and_a_machine_without_a_gpu_end_in_one_line(scripts, tmp_path, monkeypatch, capsys):
-    assert scripts.run.TABLES == ("training", "decode", "skew", "fp8", "budget", "precision", "routing")
+    assert scripts.run.TABLES == ("training", "decode", "skew", "large_skew", "fp8", "budget", "precision", "routing")
     assert all(callable(getattr(scripts.run, name)) for name in scripts.run.TABLES)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for arguments, said in (([], "needs an NVIDIA GPU"), (["--table", "encode"], "invalid choice: 'encode'")):
@@ -188,6 +188,7 @@ def test_decode_and_skew_record_every_provider_of_every_problem(scripts, recorde
     monkeypatch.setattr(run, "PEERS", (twin, zeros, missing))
     run.decode(recorder, ops)
     run.skew(recorder, ops)
+    run.large_skew(recorder, ops)
     rows = select(read_rows(recorder.path), BenchmarkRow)
     names = ["moe_gpu", "twin", "zeros", "missing"]
     graph = [row for row in rows if row.launch == "graph"]

@@ -38,7 +38,9 @@ class Counters:
                 return torch.zeros(self.SIZE, dtype=torch.int32, device=device)
             if not fresh:
                 self._kept.append(torch.zeros(self.COUNT, self.SIZE, dtype=torch.int32, device=device))
-                torch.cuda.current_stream(device).synchronize()  # once: other streams take some of it
+                zeroed = torch.cuda.Event()
+                zeroed.record()
+                zeroed.synchronize()  # once: other streams take some of it, and graphs
                 fresh.extend(self._kept[-1].unbind())
             state = fresh.pop()
             if not capturing:

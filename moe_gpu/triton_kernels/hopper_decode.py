@@ -251,20 +251,21 @@ def _rows_producer(
 
 
 @gluon.jit
-def _sums(w_ring, x_ring, sums, full, empty, step, K, ROWS: gl.constexpr, FOLD: gl.constexpr, STAGES: gl.constexpr):
-    """An item's sums, (HEIGHT, FOLD * ROWS), into `sums`."""
-    acc = warpgroup_mma_init(gl.zeros((HEIGHT, FOLD * ROWS), gl.float32, layout=accumulator_layout(FOLD * ROWS)))
+def _sums(w_ring, x_ring, sums, full, empty, step, K, FOLD: gl.constexpr, STAGES: gl.constexpr):
+    """An item's sums into `sums`; where the other projection has more folds, its columns hold what they happen to."""
+    COLUMNS: gl.constexpr = x_ring.shape[1]
+    acc = warpgroup_mma_init(gl.zeros((HEIGHT, COLUMNS), gl.float32, layout=accumulator_layout(COLUMNS)))
     for _ in range(0, K, FOLD * PANELS * BOX_K):
         stage = step % STAGES
         mbarrier.wait(full.index(stage), (step // STAGES) & 1)
         fence_async_shared()  # cp.async writes through the generic proxy, wgmma reads through the asynchronous one
         for panel in gl.static_range(PANELS):
-            right = x_ring.index(stage * PANELS + panel).slice(0, FOLD * ROWS, dim=0).permute([1, 0])
+            right = x_ring.index(stage * PANELS + panel).permute([1, 0])
             acc = warpgroup_mma(w_ring.index(stage * PANELS + panel), right, acc, is_async=True)
         acc = warpgroup_mma_init(warpgroup_mma_wait(num_outstanding=0, deps=(acc,)))
         mbarrier.arrive(empty.index(stage), count=1)
         step += 1
-    sums.slice(0, FOLD * ROWS, dim=1).store(warpgroup_mma_wait(num_outstanding=0, deps=(acc,)))
+    sums.store(warpgroup_mma_wait(num_outstanding=0, deps=(acc,)))
     return step
 
 
@@ -353,14 +354,14 @@ def _consumer(
     item = claimed_tile(queue, published, taken, 0)
     while item < total:
         if item < num_up:
-            step = _sums(w_ring, x_ring, sums, full, empty, step, H, ROWS, UP_FOLD, STAGES)
+            step = _sums(w_ring, x_ring, sums, full, empty, step, H, UP_FOLD, STAGES)
             expert, tile, number, first, last = _place(e, start, end, ends, item, ups, ROWS)
             column = number * (HEIGHT // UP_FOLD // HALVES)
             _finish(sums, a_ptr, up_bias_ptr, expert, column, first, last, I, FUNCTION, HALVES, UP_BIAS, ROWS, UP_FOLD)
             thread_barrier()  # all of the warpgroup's stores come before the count
             gl.atomic_add(state_ptr + 1 + tile, 1, sem="release")
         else:
-            step = _sums(w_ring, x_ring, sums, full, empty, step, I, ROWS, DOWN_FOLD, STAGES)
+            step = _sums(w_ring, x_ring, sums, full, empty, step, I, DOWN_FOLD, STAGES)
             expert, _, number, first, last = _place(e, start, end, ends, item - num_up, downs, ROWS)
             column = number * (HEIGHT // DOWN_FOLD)
             _finish(sums, y_ptr, down_bias_ptr, expert, column, first, last, O, "none", 1, DOWN_BIAS, ROWS, DOWN_FOLD)
@@ -368,7 +369,8 @@ def _consumer(
         turn += 1
 
 
-@gluon.jit
+# Compiled for 1, so that loops were of a single turn, it read outside of shared memory on an H200.
+@gluon.jit(do_not_specialize=["H_EIGHTH", "I_EIGHTH", "x_stride_eighth"])
 def _decode_hopper_kernel(
     x_ptr,  # (T, H)
     route_ptr,  # (R,) int32
