@@ -168,7 +168,7 @@ def explain_layer(
             choice = choose(kind, n, k)
             choice = replace(choice, reason=f"after a copy of the gathered rows into order; {choice.reason}")
         if c.bias and kind in ("up", "down") and choice.tile != tile_beside_bias(kind, choice.tile):
-            choice = Choice(tile_beside_bias(kind, choice.tile), "heuristic (the table's would spill beside a bias)")
+            choice = Choice(tile_beside_bias(kind, choice.tile), "heuristic (192 rows would spill beside a bias)")
         flops = 2 * rows * n * k
         num_bytes = element * sum(_tensors(kind, product.weights, c, num_tokens, active))
         explanations.append(

@@ -110,6 +110,27 @@ def test_no_entry_is_the_heuristic(changed, cache):
     assert choice.tile == gemm_config(kind, dtype, rows, 128, HOPPER_SHARED_BYTES, True)
 
 
+@pytest.mark.parametrize(
+    ("kind", "rows_per_expert", "tall"),
+    [
+        ("up", 64, False),
+        ("up", 65, True),
+        ("up", 1024, True),
+        ("up", 1025, False),
+        ("down", 512, True),
+        ("down", 513, False),
+        ("grad_x", 128, True),
+        ("grad_act", 128, False),
+        ("grad_w", 128, False),
+    ],
+)
+def test_tiles_of_192_rows_serve_by_rule_where_one_reads_what_two_would(kind, rows_per_expert, tall):
+    tile = gemm_config(kind, torch.bfloat16, rows_per_expert * 8, 8, HOPPER_SHARED_BYTES, True)
+    assert (tile.rows, tile.claimed) == ((192, True) if tall else (128, False))
+    assert tile_beside_bias(kind, tile).rows == 128
+    assert isinstance(gemm_config(kind, torch.bfloat16, rows_per_expert * 8, 8, HOPPER_SHARED_BYTES, False), GemmConfig)
+
+
 def test_the_nearest_shape_and_then_the_nearest_budget_serve(cache):
     tiles = [replace(GLUON, group_m=group) for group in (1, 2, 3)]
     cells = (CELL, replace(CELL, sms=66), replace(CELL, n=3072))
@@ -134,7 +155,7 @@ def test_a_tall_claimed_tile_is_kept_and_gives_way_to_a_bias(cache):
     tall = HopperConfig(3, rows=192, claimed=True)
     tile_table.write_table(cache, table_of(Entry(CELL, ((tall, 0.25),))))
     assert choose().tile == tall
-    assert tile_beside_bias("up", tall) == gemm_config("up", torch.bfloat16, 256, 1, hopper=True)
+    assert tile_beside_bias("up", tall) == gemm_config("up", torch.bfloat16, 64, 1, hopper=True)
     assert tile_beside_bias("up", GLUON) == GLUON
     assert tile_beside_bias("up", PLAIN) == PLAIN
     config = PRESETS["qwen3-30b-a3b"]
@@ -435,3 +456,50 @@ def test_what_gluon_does_not_decode_plain_triton_does(cache):
         for other in ({"num_tokens": 17}, {"sm_budget": 66}):
             steps = explain_layer(gpu, config, **{"num_tokens": 16, "dtype": torch.bfloat16, **other})
             assert not any("decode" in step.path for step in steps)
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({}, None),
+        ({"save": True}, "keep nothing for a gradient"),
+        ({"depth": 2}, "depth 1, not 2"),
+        ({"dtype": torch.float32}, "not in torch.float32"),
+        ({"tokens": 129, "experts": 32}, "129 tokens are more than 128"),
+        ({"tokens": 40, "experts": 4}, "80 rows for 4 experts are more than 16 an expert"),
+        ({"experts": 513}, "513 experts are more than 512"),
+        ({"width": 36}, "do not start on 16 bytes"),
+        ({"hidden": 20}, "do not start on 16 bytes"),
+        ({"by_column": True}, "strided"),
+        ({"offset": 1}, "does not start on 16 bytes"),
+    ],
+    ids=str,
+)
+def test_why_the_launch_for_few_rows_does_not_serve(changed, reason, monkeypatch):
+    from moe_gpu.triton_kernels import decode
+
+    monkeypatch.setattr(decode, "hopper_unavailable", lambda device: None)
+    sizes = {"tokens": 5, "width": 64, "hidden": 32, "experts": 8, "dtype": torch.bfloat16, "depth": 1, "save": False}
+    case = {**sizes, "by_column": False, "offset": 0, **changed}
+    experts, width, hidden = case["experts"], case["width"], case["hidden"]
+    x = torch.empty(case["tokens"] * width + 1, dtype=case["dtype"])[case["offset"] :][: case["tokens"] * width]
+    up = torch.empty(experts, 2 * hidden, width, dtype=case["dtype"])
+    down = torch.empty(experts, width, hidden, dtype=case["dtype"])
+    if case["by_column"]:
+        down = down.transpose(1, 2).contiguous().transpose(1, 2)
+    got = decode.hopper_decode_unsupported(
+        x.view(-1, width), (up, down), 2 * case["tokens"], experts, case["depth"], case["save"]
+    )
+    assert got is None if reason is None else reason in got
+
+
+@pytest.mark.parametrize("sizes", [(2048, 768), (4096, 14336), (7168, 2048), (40, 24)])
+def test_every_tile_for_few_rows_fits_in_shared_memory_and_grows_with_the_rows(sizes):
+    from moe_gpu.triton_kernels.decode import hopper_decode_config
+
+    tiles = [hopper_decode_config(rows, 128, *sizes) for rows in range(1, 16 * 128 + 1)]
+    for tile in set(tiles):
+        columns = tile.rows * max(tile.up_fold, tile.down_fold)
+        assert tile.stages * 512 * (64 + columns) + 4 * 64 * columns + 1024 <= HOPPER_SHARED_BYTES
+    assert [tile.rows for tile in tiles] == sorted(tile.rows for tile in tiles)
+    assert {tile.rows for tile in tiles} == {8, 16, 32}
