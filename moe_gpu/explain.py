@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -26,6 +26,9 @@ from moe_gpu.triton_kernels.tuning import (
     shared_bytes_of,
     tile_beside_bias,
 )
+
+if TYPE_CHECKING:
+    from moe_gpu.triton_kernels.tile_table import DecodeChoice
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ def described_gpu(name: str) -> Gpu:
 
 @dataclass(frozen=True)
 class LayerProduct:
-    """A product of one layer: `weights` "up" or "down", and (N, K) as the product takes them."""
+    """A product of one layer: `weights` "up", "down" or both, and (N, K) as the product takes them."""
 
     kind: str
     weights: str
@@ -90,6 +93,11 @@ def layer_products(config: MoEConfig) -> list[LayerProduct]:
         LayerProduct("grad_w_gather", "up", gate_up, c.input_dim),
         LayerProduct("grad_x", "up", c.input_dim, gate_up),
     ]
+
+
+def both_products(config: MoEConfig) -> LayerProduct:
+    """Up and down projection of inference as tables know them: by an expert's hidden and input width."""
+    return LayerProduct("decode", "up and down", config.hidden_dim, config.input_dim)
 
 
 @dataclass(frozen=True)
@@ -187,9 +195,9 @@ def explain_layer(
             )
         )
     routes = 4 * 4 * rows  # ids, weights, and the two maps between rows and routes
-    decode = _decode_path(gpu, c, dtype, rows, sm_budget)
-    if decode is not None:
-        explanations[:0] = [_explain_decode(decode, step, c, rows, sms, floor_ms) for step in explanations[:2]]
+    one_launch = _one_launch(gpu, c, dtype, num_tokens, sms)
+    if one_launch is not None or _decode_serves(gpu, c, dtype, rows, sm_budget):
+        explanations[:0] = [_explain_decode(one_launch, step, c, rows, sms, floor_ms) for step in explanations[:2]]
     route = moved("route", num_tokens * c.num_experts * element + routes)
     combine = moved("combine", element * (rows * c.expert_dim + num_tokens * c.expert_dim) + 8 * rows)
     sum_x = moved("combine (grad_x)", element * (rows * c.input_dim + num_tokens * c.input_dim) + 4 * rows)
@@ -197,59 +205,70 @@ def explain_layer(
     return [route, *explanations[:forward], combine, *explanations[forward:], sum_x]
 
 
-def _decode_path(gpu: Gpu, c: MoEConfig, dtype: torch.dtype, rows: int, sm_budget: int | None) -> str | None:
-    """Which kernels for few rows serve inference, if any, as custom_ops.py asks."""
+def _one_launch(gpu: Gpu, c: MoEConfig, dtype: torch.dtype, num_tokens: int, sms: int) -> DecodeChoice | None:
+    """The choice by which inference takes up and down projection in one launch, as custom_ops.py asks, if it does."""
+    from moe_gpu.triton_kernels.decode import HOPPER_DECODE_MAX_EXPERTS, hopper_decode_unfit
+    from moe_gpu.triton_kernels.tile_table import choose_decode
+
+    if gpu.device is not None:
+        x = torch.empty(1, c.input_dim, dtype=dtype, device=gpu.device)
+        up = torch.empty(1, c.up_rows, c.input_dim, dtype=dtype, device="meta")
+        down = torch.empty(1, c.expert_dim, c.hidden_dim, dtype=dtype, device="meta")
+        fits = hopper_decode_unfit(x, (up, down), c.num_experts, c.depth, False) is None
+    else:
+        fits = gpu.capability == (9, 0) and dtype.itemsize == 2 and c.depth == 1
+        fits = fits and c.input_dim % 8 == c.hidden_dim % 8 == 0 and c.num_experts <= HOPPER_DECODE_MAX_EXPERTS
+    if not fits:
+        return None
+    sizes = num_tokens * c.top_k, num_tokens, c.num_experts, c.input_dim, c.hidden_dim
+    choice = choose_decode(dtype, *sizes, gpu.name, sms)
+    return None if choice.tile is None else choice
+
+
+def _decode_serves(gpu: Gpu, c: MoEConfig, dtype: torch.dtype, rows: int, sm_budget: int | None) -> bool:
+    """Whether plain Triton's kernels for few rows serve inference, where one launch does not."""
     from moe_gpu.triton_kernels import decode
 
     if gpu.device is not None:
-        x = torch.empty(rows // c.top_k, c.input_dim, dtype=dtype, device=gpu.device)
-        up = torch.empty(1, c.up_rows, c.input_dim, dtype=dtype, device="meta")
-        weights = up, torch.empty(1, c.expert_dim, c.hidden_dim, dtype=dtype, device="meta")
-        if decode.hopper_decode_unsupported(x, weights, rows, c.num_experts, c.depth, False) is None:
-            return "gluon decode"
-        serves = decode.decode_unsupported(x, rows, c.num_experts, c.depth, False, sm_budget) is None
-        return "decode" if serves else None
-    if gpu.capability < decode.MIN_CAPABILITY or gpu.shared_bytes < HOPPER_SHARED_BYTES:
-        return None
-    if dtype.itemsize != 2 or c.depth != 1:
-        return None
-    aligned = c.input_dim % 8 == c.hidden_dim % 8 == 0 and c.num_experts <= decode.HOPPER_DECODE_MAX_EXPERTS
-    most = min(decode.HOPPER_DECODE_MAX_ROWS_PER_EXPERT * c.num_experts, decode.HOPPER_DECODE_MAX_TOKENS * c.top_k)
-    if gpu.capability == (9, 0) and aligned and rows <= most:
-        return "gluon decode"
+        x = torch.empty(1, c.input_dim, dtype=dtype, device=gpu.device)
+        return decode.decode_unsupported(x, rows, c.num_experts, c.depth, False, sm_budget) is None
+    fits = gpu.capability >= decode.MIN_CAPABILITY and gpu.shared_bytes >= HOPPER_SHARED_BYTES
     few = rows <= decode.DECODE_MAX_ROWS_PER_EXPERT * c.num_experts
-    return "decode" if few and sm_budget is None else None
+    return fits and few and dtype.itemsize == 2 and c.depth == 1 and sm_budget is None
 
 
 def _explain_decode(
-    path: str, step: Explanation, c: MoEConfig, rows: int, sms: int, floor_ms: Callable[[int, int], float | None]
+    one_launch: DecodeChoice | None,
+    step: Explanation,
+    c: MoEConfig,
+    rows: int,
+    sms: int,
+    floor_ms: Callable[[int, int], float | None],
 ) -> Explanation:
     """What serves `up` or `down` of inference, whose grouped product is `step`."""
     from moe_gpu.triton_kernels import decode
 
     up = step.step == "up"
-    if path == "gluon decode":
-        most, note = decode.HOPPER_DECODE_MAX_ROWS_PER_EXPERT, f" and {decode.HOPPER_DECODE_MAX_TOKENS} tokens"
-        hopper = decode.hopper_decode_config(rows, c.num_experts, c.input_dim, c.hidden_dim)
-        fold = hopper.up_fold if up else hopper.down_fold
-        tile = {"block_m": hopper.rows, "fold": fold, "stages": hopper.stages}
-        columns = hopper.rows * max(hopper.up_fold, hopper.down_fold)
-        programs, shared = sms, hopper.stages * 512 * (64 + columns)
-        note += "; up and down are one launch"
+    if one_launch is not None and one_launch.tile is not None:
+        launch = one_launch.tile
+        tile = {"block_m": launch.rows, "fold": launch.up_fold if up else launch.down_fold, "stages": launch.stages}
+        path, why = "gluon decode", f"inference, up and down in one launch; {one_launch.reason}"
+        programs = sms
+        shared = launch.stages * 512 * (64 + launch.rows * max(launch.up_fold, launch.down_fold))
     else:
-        most, shared, note = decode.DECODE_MAX_ROWS_PER_EXPERT, None, ""
         config = decode.decode_config(rows)
         half, width = (config.up, c.hidden_dim) if up else (config.down, c.expert_dim)
         tile = {"block_m": config.block_m, **asdict(half)}
+        path, why = "decode", f"inference with at most {decode.DECODE_MAX_ROWS_PER_EXPERT} row an expert"
         row_tiles = min(rows, cdiv(rows, config.block_m) + min(c.num_experts, rows))
-        programs = cdiv(width, half.block_n) * row_tiles
+        programs, shared = cdiv(width, half.block_n) * row_tiles, None
     wide = not up and decode.rows_dtype(torch.bfloat16, rows, c.num_experts) == torch.float32
     flops, num_bytes = step.flops or 0, (step.min_bytes or 0) + (2 * rows * c.expert_dim if wide else 0)
     return replace(
         step,
         step=f"{step.step} (inference)",
         path=path,
-        why=f"inference with at most {most} row{'s' if most > 1 else ''} an expert{note}",
+        why=why,
         tile=tile,
         programs=programs,
         shared_bytes=shared,

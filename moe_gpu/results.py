@@ -160,7 +160,7 @@ class TileRow:
     """One tile of one kernel on one problem; `time_ms` is None where it could not run, and `error` says why."""
 
     kind: ClassVar[str] = "tile"
-    kernel: str  # a kind of product in `tuning.KINDS`, or "mlp"
+    kernel: str  # a kind in `tuning.TUNED`, or "mlp"
     problem: str
     config: dict[str, int | tuple[int, ...]]
     time_ms: float | None = None

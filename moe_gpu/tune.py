@@ -26,16 +26,18 @@ from moe_gpu.benchmark.problem import zipf_exponent
 from moe_gpu.benchmark.timing import Job, Timer, attempt, measure_ceilings, time_interleaved
 from moe_gpu.config import PRESETS, MoEConfig
 from moe_gpu.console import Progress, progress_bar
-from moe_gpu.explain import Gpu, LayerProduct, hopper_reason, layer_products, present_gpu
+from moe_gpu.explain import Gpu, LayerProduct, both_products, hopper_reason, layer_products, present_gpu
 from moe_gpu.machine import describe_machine
 from moe_gpu.results import Row, TileRow, percentile, write_rows
 from moe_gpu.triton_kernels.tile_table import (
+    AnyTile,
     Cell,
     Entry,
     Table,
     TableError,
     Tile,
     cache_path,
+    choose_decode,
     choose_tile,
     forget_tables,
     path_of,
@@ -43,9 +45,11 @@ from moe_gpu.triton_kernels.tile_table import (
     write_table,
 )
 from moe_gpu.triton_kernels.tuning import (
-    KINDS,
+    TUNED,
     GemmConfig,
     HopperConfig,
+    HopperDecodeConfig,
+    TwoProducts,
     gather_first,
     half_tiles,
     load_aware_tiles,
@@ -54,10 +58,11 @@ from moe_gpu.triton_kernels.tuning import (
 from moe_gpu.tune_problem import DTYPE, Case, Operands, compare
 
 if TYPE_CHECKING:
-    from moe_gpu.triton_kernels.products import Products
+    pass
 
 MARGIN = 0.01
 FIRST_SAMPLES, LAST_SAMPLES, FINALISTS = 3, 15, 3
+MOST_ROWS_IN_ONE_LAUNCH = 64  # an expert; where the launch for few rows is tried
 # What of --seconds compiling may take.
 COMPILE_SHARE = 0.6
 
@@ -65,6 +70,11 @@ COMPILE_SHARE = 0.6
 def default_tokens(config: MoEConfig) -> list[int]:
     """Tokens that put 8, 16, ... 2048 rows on an expert."""
     return [rows * config.num_experts // config.top_k for rows in (8, 16, 32, 64, 128, 256, 512, 1024, 2048)]
+
+
+def few_tokens(config: MoEConfig) -> list[int]:
+    """Tokens that put 1, 2, 4 ... 64 rows on an expert."""
+    return [max(1, rows * config.num_experts // config.top_k) for rows in (1, 2, 4, 8, 16, 32, 64)]
 
 
 def plan(
@@ -88,9 +98,15 @@ def plan(
         ordered = replace(layer_products(c)[-2], kind="grad_w")  # the gradient of `up` over rows in order
         for count, sms in itertools.product(tokens or default_tokens(c), sm_budgets or [gpu.num_sms]):
             for product in (*layer_products(c), ordered):
-                if product.kind in (kinds or KINDS):
+                if product.kind in (kinds or TUNED):
                     case = Case(preset, product, count, sms, routing)
                     cases.setdefault(case.cell, case)
+        if "decode" not in (kinds or TUNED) or hopper_reason(gpu, c, DTYPE) is not None:
+            continue
+        for count, sms in itertools.product(tokens or few_tokens(c), sm_budgets or [gpu.num_sms]):
+            case = Case(preset, both_products(c), count, sms, routing)
+            if c.num_experts < 2 * case.rows <= 2 * MOST_ROWS_IN_ONE_LAUNCH * c.num_experts:
+                cases.setdefault(case.cell, case)
     return list(cases.values())
 
 
@@ -117,6 +133,18 @@ def candidates(kind: str, rows_per_expert: float, shared_bytes: int, gated: bool
     found += _plain_candidates(kind, rows_per_expert)
     found += load_aware_tiles(kind)
     return [tile for tile in dict.fromkeys(found) if operand_bytes(kind, tile, gated) < shared_bytes]
+
+
+def decode_candidates(shared_bytes: int) -> list[AnyTile]:
+    """Tiles of the launch for few rows, each with all the stages that fit; and two products."""
+    found: list[AnyTile] = [TwoProducts()]
+    for rows, up_fold, down_fold in itertools.product((8, 16, 32, 64), (1, 2), (1, 2)):
+        columns = rows * max(up_fold, down_fold)
+        sums = 4 * 64 * columns
+        stages = min(6, (shared_bytes - sums - 2048) // (512 * (64 + columns)))
+        if stages >= 2:
+            found.append(HopperDecodeConfig(rows, up_fold, down_fold, stages))
+    return found
 
 
 def _plain_candidates(kind: str, rows_per_expert: float) -> Iterator[GemmConfig]:
@@ -156,13 +184,15 @@ class QueuedTimer(Timer):
         return start.elapsed_time(end)
 
 
-def pick(times_ms: dict[Tile, float], incumbents: dict[str, Tile], current: Tile) -> tuple[tuple[Tile, float], ...]:
+def pick(
+    times_ms: dict[AnyTile, float], incumbents: dict[str, AnyTile], current: AnyTile
+) -> tuple[tuple[AnyTile, float], ...]:
     """The tile to serve, then the best of the other path; what serves now stays unless beaten by more than MARGIN.
 
     incumbents: what serves now by path. current: the one of them that does where both can.
     """
 
-    def best(tiles: list[Tile], incumbent: Tile | None) -> Tile:
+    def best(tiles: list[AnyTile], incumbent: AnyTile | None) -> AnyTile:
         fastest = min(tiles, key=times_ms.__getitem__)
         if incumbent in times_ms and times_ms[fastest] >= (1 - MARGIN) * times_ms[incumbent]:
             return incumbent
@@ -184,14 +214,19 @@ class Outcome:
 
     case: Case
     rows: tuple[TileRow, ...]
-    tiles: tuple[tuple[Tile, float], ...]
-    before: Tile
+    tiles: tuple[tuple[AnyTile, float], ...]
+    before: AnyTile
     before_ms: float | None
 
 
-def _candidates_of(case: Case, gpu: Gpu) -> tuple[list[Tile], dict[str, Tile], Tile]:
+def _candidates_of(case: Case, gpu: Gpu) -> tuple[list[AnyTile], dict[str, AnyTile], AnyTile]:
     """The tiles to time, what serves now by path, and what serves now."""
     c, cell = case.config, case.cell
+    if cell.kind == "decode":
+        sizes = case.rows, case.tokens, c.num_experts, c.input_dim, c.hidden_dim
+        serves = choose_decode(DTYPE, *sizes, gpu.name, case.sms).tile or TwoProducts()
+        both = list(dict.fromkeys([serves, *decode_candidates(gpu.shared_bytes)]))
+        return both, {path_of(tile): tile for tile in (TwoProducts(), serves)}, serves
     hopper = hopper_reason(gpu, c, DTYPE) is None
     now = [
         choose_tile(
@@ -199,9 +234,9 @@ def _candidates_of(case: Case, gpu: Gpu) -> tuple[list[Tile], dict[str, Tile], T
         ).tile
         for allowed in ([True, False] if hopper else [False])
     ]
-    incumbents = {path_of(tile): tile for tile in now}
+    incumbents: dict[str, AnyTile] = {path_of(tile): tile for tile in now}
     gated = c.up_rows == 2 * c.hidden_dim
-    tiles = list(
+    tiles: list[AnyTile] = list(
         dict.fromkeys([*now, *candidates(cell.kind, case.rows / c.num_experts, gpu.shared_bytes, gated, hopper)])
     )
     if cell.kind == "grad_w_gather" and gather_first(cell.n, case.rows, c.num_experts):
@@ -212,22 +247,27 @@ def _candidates_of(case: Case, gpu: Gpu) -> tuple[list[Tile], dict[str, Tile], T
 
 
 def measure(
-    case: Case, operands: Operands, tiles: Sequence[Tile], incumbents: dict[str, Tile], current: Tile, timer: Timer
+    case: Case,
+    operands: Operands,
+    tiles: Sequence[AnyTile],
+    incumbents: dict[str, AnyTile],
+    current: AnyTile,
+    timer: Timer,
 ) -> Outcome:
     """Check each candidate, time those that are right, and time the best of each path again with what serves now."""
     product, rows = case.product, []
     truth, same = (operands.expected(product, dtype) for dtype in (torch.float64, DTYPE))
-    jobs: dict[Tile, Job] = {}
-    failures: dict[Tile, str] = {}
+    jobs: dict[AnyTile, Job] = {}
+    failures: dict[AnyTile, str] = {}
 
-    def check(products: Products) -> None:
-        compare(operands.found(operands.run(product, products)), same, truth)
+    def check(call: Callable[[], dict[str, torch.Tensor]]) -> None:
+        compare(operands.found(call()), same, truth)
 
     for tile in tiles:
-        products = operands.products(product.kind, tile, case.sms)
-        outcome = attempt(functools.partial(check, products))
+        call = operands.call(product, tile, case.sms)
+        outcome = attempt(functools.partial(check, call))
         if outcome.reason is None:
-            jobs[tile] = Job(functools.partial(_run, operands, product, products))
+            jobs[tile] = Job(functools.partial(_call, call))
         else:
             failures[tile] = outcome.reason
     times, failed = _medians(jobs, timer, FIRST_SAMPLES)
@@ -239,22 +279,21 @@ def measure(
     final, failed = _medians({tile: jobs[tile] for tile in times if tile in finalists}, timer, LAST_SAMPLES)
     failures |= failed
     times |= final
-    flops = 2 * case.rows * product.n * product.k
     for tile in tiles:
         config = asdict(tile)
         if tile in failures:
             rows.append(TileRow(product.kind, str(case), config, error=failures[tile]))
         else:
-            rows.append(TileRow(product.kind, str(case), config, times[tile], flops / times[tile] / 1e9))
+            rows.append(TileRow(product.kind, str(case), config, times[tile], case.flops / times[tile] / 1e9))
     tiles_kept = pick({tile: ms for tile, ms in final.items() if tile not in failures}, incumbents, current)
     return Outcome(case, tuple(rows), tiles_kept, current, final.get(current))
 
 
-def _run(operands: Operands, product: LayerProduct, products: Products, _: None) -> None:
-    operands.run(product, products)
+def _call(call: Callable[[], dict[str, torch.Tensor]], _: None) -> None:
+    call()
 
 
-def _medians(jobs: dict[Tile, Job], timer: Timer, samples: int) -> tuple[dict[Tile, float], dict[Tile, str]]:
+def _medians(jobs: dict[AnyTile, Job], timer: Timer, samples: int) -> tuple[dict[AnyTile, float], dict[AnyTile, str]]:
     named = {str(number): tile for number, tile in enumerate(jobs)}
     counts = dict.fromkeys(named, samples)
     times, failures = time_interleaved({name: jobs[tile] for name, tile in named.items()}, timer, counts)
@@ -267,15 +306,15 @@ def _small_operands(config: MoEConfig, index: int) -> Operands:
     return Operands(config, 1, torch.device("cuda", index))
 
 
-def _compile(preset: str, product: LayerProduct, tile: Tile, index: int) -> None:
+def _compile(preset: str, product: LayerProduct, tile: AnyTile, index: int) -> None:
     """In a process of its own: run a tile on one token, which leaves its kernel in Triton's cache."""
     operands = _small_operands(PRESETS[preset], index)
-    operands.run(product, operands.products(product.kind, tile, 1))
+    operands.call(product, tile, 1)()
 
 
 def compile_all(
-    work: Sequence[tuple[Case, Sequence[Tile]]], device: torch.device, seconds: float, progress: Progress
-) -> set[tuple[str, LayerProduct, Tile]]:
+    work: Sequence[tuple[Case, Sequence[AnyTile]]], device: torch.device, seconds: float, progress: Progress
+) -> set[tuple[str, LayerProduct, AnyTile]]:
     """Compile every candidate once, in parallel; those that were not reached in time are returned, not compiled."""
     keys = dict.fromkeys((case.preset, case.product, tile) for case, tiles in work for tile in tiles)
     largest = max(
@@ -356,8 +395,8 @@ def run_tune(
 
 
 def _measured(
-    work: Sequence[tuple[Case, list[Tile], dict[str, Tile], Tile]],
-    left: set[tuple[str, LayerProduct, Tile]],
+    work: Sequence[tuple[Case, list[AnyTile], dict[str, AnyTile], AnyTile]],
+    left: set[tuple[str, LayerProduct, AnyTile]],
     device: torch.device,
     deadline: float,
     progress: Callable[[int, int, str], None],
@@ -400,7 +439,7 @@ def _save(path: Path, name: str, machine: Any, ceilings: tuple[Any, ...], outcom
     forget_tables()
 
 
-def _short(tile: Tile) -> str:
+def _short(tile: AnyTile) -> str:
     return "x".join(str(value) for value in asdict(tile).values())
 
 
@@ -423,7 +462,7 @@ def _print_outcomes(outcomes: Sequence[Outcome]) -> None:
             grid.add_row(case.product.kind, str(case), "none could run", "", "-", "-", "-")
             continue
         tile, ms = outcome.tiles[0]
-        rate = 2 * case.rows * case.product.n * case.product.k / ms / 1e9
+        rate = case.flops / ms / 1e9
         before = "-" if outcome.before_ms is None else f"{outcome.before_ms:.4f}"
         mark = "" if tile == outcome.before else " (new)"
         grid.add_row(

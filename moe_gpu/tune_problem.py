@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,8 @@ from moe_gpu.config import PRESETS, MoEConfig
 from moe_gpu.explain import LayerProduct
 from moe_gpu.reference import activate_reference
 from moe_gpu.triton_kernels.ops import TritonExpertOps
-from moe_gpu.triton_kernels.tile_table import Cell, Tile, rows_bucket
+from moe_gpu.triton_kernels.tile_table import AnyTile, Cell, Tile, rows_bucket
+from moe_gpu.triton_kernels.tuning import GemmConfig, HopperConfig, HopperDecodeConfig
 
 if TYPE_CHECKING:
     from moe_gpu.triton_kernels.products import Products
@@ -43,6 +45,12 @@ class Case:
     @property
     def rows(self) -> int:
         return self.tokens * self.config.top_k
+
+    @property
+    def flops(self) -> int:
+        if self.product.kind == "decode":
+            return self.config.forward_flops(self.rows)
+        return 2 * self.rows * self.product.n * self.product.k
 
     @property
     def cell(self) -> Cell:
@@ -79,6 +87,34 @@ class Operands:
         weights = torch.rand(tokens, c.top_k, device=device, generator=generator) + 0.1
         self.routing = TritonExpertOps(device).sort_routes(routing.to(device), weights, c.num_experts)
         self.x_rows = self.x.index_select(0, self.routing.row_token_R)
+
+    def call(self, product: LayerProduct, tile: AnyTile, sms: int) -> Callable[[], dict[str, torch.Tensor]]:
+        """What gives a product's results by name, by a tile of its kind."""
+        if product.kind == "decode":
+            return functools.partial(self._run_both, tile, sms)
+        assert isinstance(tile, GemmConfig | HopperConfig)
+        return functools.partial(self.run, product, self.products(product.kind, tile, sms))
+
+    def _run_both(self, tile: AnyTile, sms: int) -> dict[str, torch.Tensor]:
+        """The rows of inference; RuntimeError for a launch that cannot serve, in whose place products would."""
+        from moe_gpu.triton_kernels.custom_ops import expert_rows
+        from moe_gpu.triton_kernels.decode import hopper_decode_unfit
+        from moe_gpu.triton_kernels.grouped_gemm import num_sms
+        from moe_gpu.triton_kernels.products import given_tiles
+
+        c, routing = self.config, self.routing
+        unfit = hopper_decode_unfit(self.x, (self.up, self.down), c.num_experts, c.depth, False)
+        if isinstance(tile, HopperDecodeConfig) and unfit is not None:
+            raise RuntimeError(unfit)
+        rows = (routing.row_route_R, routing.row_of_route_TK, routing.offsets_P)
+        weights = (self.up, self.down, None, None, None, None)
+        budget = None if sms == num_sms(self.x.device) else sms
+        with given_tiles({"decode": tile}):
+            y = expert_rows(
+                self.x, routing.topk_weights_TK, routing.topk_ids_TK, *rows, *weights, c.activation, budget,
+                tiled_experts=c.num_experts, out=None,
+            )  # fmt: skip
+        return {"out": y}
 
     def products(self, kind: str, tile: Tile, sms: int) -> Products:
         """The layer's products, of which those of `kind` take `tile`."""
@@ -154,8 +190,9 @@ class Operands:
             return {"weights": d.to(dtype).t() @ a.to(dtype)}
         rows = self._ends(first, end)
         up, down = self.up[expert].to(dtype), self.down[expert].to(dtype)
-        if product.kind == "up":
-            return {"out": activate_reference(self.x[token[rows]].to(dtype) @ up.t(), self.config.activation)}
+        if product.kind in ("up", "decode"):
+            out = activate_reference(self.x[token[rows]].to(dtype) @ up.t(), self.config.activation)
+            return {"out": out if product.kind == "up" else out @ down.t()}
         if product.kind == "down":
             return {"out": self.act[rows].to(dtype) @ down.t()}
         if product.kind == "grad_x":

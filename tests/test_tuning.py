@@ -17,14 +17,18 @@ from moe_gpu.config import PRESETS, MoEConfig
 from moe_gpu.explain import Gpu, described_gpu, explain_layer, layer_products, layer_work
 from moe_gpu.results import Ceiling, Machine
 from moe_gpu.triton_kernels import tile_table
-from moe_gpu.triton_kernels.tile_table import Cell, Entry, Table, choose_tile, rows_bucket
+from moe_gpu.triton_kernels.tile_table import Cell, Entry, Table, choose_decode, choose_tile, rows_bucket
 from moe_gpu.triton_kernels.tuning import (
     HOPPER_MIN_ROWS_PER_EXPERT,
     HOPPER_SHARED_BYTES,
     KINDS,
+    TUNED,
     GemmConfig,
     HopperConfig,
+    HopperDecodeConfig,
+    TwoProducts,
     gemm_config,
+    hopper_decode_config,
     operand_bytes,
     tile_beside_bias,
 )
@@ -32,6 +36,7 @@ from moe_gpu.triton_kernels.tuning import (
 H200 = "NVIDIA H200"
 MACHINE = Machine(H200, "cuda", "3.12", "2.11", "Linux", "2026-11-24", compute_capability="9.0", num_sms=132)
 GLUON, PLAIN, OTHER = HopperConfig(3, group_m=16), GemmConfig(64, 64, 64, 4, 3), GemmConfig(32, 64, 64, 4, 3)
+GPU = Gpu(H200, (9, 0), 132, HOPPER_SHARED_BYTES)
 CELL = Cell("up", 16, 256, 1536, 2048, 132)
 CEILINGS = (Ceiling("matmul", "bfloat16", 8e14, "FLOP/s", "test"), Ceiling("copy", "bfloat16", 4e12, "B/s", "test"))
 
@@ -338,6 +343,76 @@ def test_a_shipped_table_is_whole_and_lies_where_its_device_looks(path):
     assert all(machine.commit for machine in table.machines)
 
 
+# Few rows
+
+DECODE_CELL = Cell("decode", 16, 4, 768, 2048, 132)
+LAUNCH = HopperDecodeConfig(16, 2, 1, 4)
+
+
+def choose_few(tokens=64, **changed):
+    sizes = {"num_rows": 8 * tokens, "num_tokens": tokens, "num_experts": 128, "input_dim": 2048, "hidden_dim": 768}
+    return choose_decode(**{"dtype": torch.bfloat16, **sizes, "device_name": H200, "sms": 132, **changed})
+
+
+def test_a_table_says_whether_few_rows_go_by_one_launch_and_by_which_tile(cache):
+    tile_table.write_table(cache, table_of(Entry(DECODE_CELL, ((LAUNCH, 0.25), (TwoProducts(), 0.5)))))
+    assert (choose_few().tile, choose_few().time_ms) == (LAUNCH, 0.25)
+    assert str(cache) in choose_few().reason
+    for other in ({"tokens": 65}, {"hidden_dim": 8 * 768}, {"device_name": None}):
+        choice = choose_few(**other)
+        assert choice.reason.startswith("heuristic")
+        hidden = other.get("hidden_dim", 768)
+        assert choice.tile == hopper_decode_config(8 * other.get("tokens", 64), 128, 2048, hidden)
+
+
+def test_two_products_serve_where_they_were_faster_and_beyond_the_rules_bounds(cache):
+    assert choose_few(tokens=129).tile is None
+    assert choose_few(tokens=40, num_experts=16, num_rows=320).tile is None
+    tile_table.write_table(cache, table_of(Entry(DECODE_CELL, ((TwoProducts(), 0.25), (LAUNCH, 0.5)))))
+    tile_table.forget_tables()
+    assert choose_few().tile is None
+
+
+def test_below_a_row_for_each_second_expert_the_rule_serves_few_rows(cache):
+    tile_table.write_table(cache, table_of(Entry(replace(DECODE_CELL, rows_per_expert=1), ((TwoProducts(), 0.25),))))
+    assert choose_few(tokens=9).tile is None
+    assert choose_few(tokens=8).tile == hopper_decode_config(64, 128, 2048, 768)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        Entry(DECODE_CELL, ((GLUON, 0.25),)),
+        Entry(CELL, ((LAUNCH, 0.25),)),
+        Entry(DECODE_CELL, ((replace(LAUNCH, rows=24), 0.25),)),
+        Entry(DECODE_CELL, ((replace(LAUNCH, up_fold=3), 0.25),)),
+    ],
+    ids=("a product's tile", "of a product", "24 rows", "three folds"),
+)
+def test_a_damaged_entry_of_few_rows_is_a_warning(entry, cache, caplog):
+    tile_table.write_table(cache, table_of(entry))
+    assert choose_few().reason.startswith("heuristic")
+    assert "damaged" in caplog.text
+
+
+def test_few_rows_are_planned_and_tried_with_all_that_fits():
+    cases = [case for case in tune.plan(GPU, ["qwen3-30b-a3b"]) if case.cell.kind == "decode"]
+    assert [case.cell.rows_per_expert for case in cases] == [1, 2, 4, 8, 16, 32, 64]
+    assert cases[0].flops == PRESETS["qwen3-30b-a3b"].forward_flops(16 * 8)
+    assert [case.tokens for case in tune.plan(GPU, ["qwen3-30b-a3b"], [1, 16, 4096], ["decode"])] == [16]
+    newer = replace(GPU, capability=(10, 0))
+    assert not tune.plan(newer, ["qwen3-30b-a3b"], kinds=["decode"])
+    for case in cases:
+        tiles, incumbents, current = tune._candidates_of(case, GPU)
+        assert TwoProducts() in tiles
+        assert current in tiles
+        assert set(incumbents.values()) == {TwoProducts(), current}
+        for tile in tiles:
+            if isinstance(tile, HopperDecodeConfig):
+                columns = tile.rows * max(tile.up_fold, tile.down_fold)
+                assert tile.stages * 512 * (64 + columns) + 256 * columns + 1024 <= HOPPER_SHARED_BYTES
+
+
 # Picking
 
 
@@ -366,13 +441,12 @@ def test_a_wrong_result_is_told_from_a_right_one():
 
 # Plans and candidates
 
-GPU = Gpu(H200, (9, 0), 132, HOPPER_SHARED_BYTES)
-
 
 def test_a_plan_has_a_case_for_every_cell_and_none_twice():
     cases = tune.plan(GPU, ["qwen3-30b-a3b"], tokens=[4096, 4000, 64], sm_budgets=[132, 66])
-    assert len({case.cell for case in cases}) == len(cases) == 2 * 2 * 7, "4000 and 4096 tokens share a bucket"
-    assert {case.cell.kind for case in cases} == set(KINDS)
+    distinct = len({case.cell for case in cases})
+    assert distinct == len(cases) == 2 * (2 * 7 + 1), "4000 and 4096 tokens share a bucket, and are not few"
+    assert {case.cell.kind for case in cases} == set(TUNED)
     assert {case.cell.rows_per_expert for case in cases} == {4, 256}
     only = tune.plan(GPU, ["mixtral-8x7b"], kinds=["down"])
     assert [case.cell.rows_per_expert for case in only] == [8, 16, 32, 64, 128, 256, 512, 1024, 2048]
@@ -465,8 +539,6 @@ def test_what_gluon_does_not_decode_plain_triton_does(cache):
         ({"save": True}, "keep nothing for a gradient"),
         ({"depth": 2}, "depth 1, not 2"),
         ({"dtype": torch.float32}, "not in torch.float32"),
-        ({"tokens": 129, "experts": 32}, "129 tokens are more than 128"),
-        ({"tokens": 40, "experts": 4}, "80 rows for 4 experts are more than 16 an expert"),
         ({"experts": 513}, "513 experts are more than 512"),
         ({"width": 36}, "do not start on 16 bytes"),
         ({"hidden": 20}, "do not start on 16 bytes"),
@@ -487,16 +559,12 @@ def test_why_the_launch_for_few_rows_does_not_serve(changed, reason, monkeypatch
     down = torch.empty(experts, width, hidden, dtype=case["dtype"])
     if case["by_column"]:
         down = down.transpose(1, 2).contiguous().transpose(1, 2)
-    got = decode.hopper_decode_unsupported(
-        x.view(-1, width), (up, down), 2 * case["tokens"], experts, case["depth"], case["save"]
-    )
+    got = decode.hopper_decode_unfit(x.view(-1, width), (up, down), experts, case["depth"], case["save"])
     assert got is None if reason is None else reason in got
 
 
 @pytest.mark.parametrize("sizes", [(2048, 768), (4096, 14336), (7168, 2048), (40, 24)])
 def test_every_tile_for_few_rows_fits_in_shared_memory_and_grows_with_the_rows(sizes):
-    from moe_gpu.triton_kernels.decode import hopper_decode_config
-
     tiles = [hopper_decode_config(rows, 128, *sizes) for rows in range(1, 16 * 128 + 1)]
     for tile in set(tiles):
         columns = tile.rows * max(tile.up_fold, tile.down_fold)

@@ -88,7 +88,7 @@ PASSES = ("forward", "backward", "forward+backward")
 LAUNCHES = ("eager", "graph")
 DTYPES = ("fp32", "fp16", "bf16")
 DEVICES = one_of("cpu", "cuda")
-KINDS = ("up", "down", "grad_act", "grad_x", "grad_w", "grad_w_gather")
+KINDS = ("up", "down", "grad_act", "grad_x", "grad_w", "grad_w_gather", "decode")
 
 OutputDir = Annotated[Path, typer.Option("--output-dir", metavar="DIR", help="Folder for everything written.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, all else on stderr.")]

@@ -19,8 +19,7 @@ from moe_gpu.triton_kernels.decode import (
     decode_forward,
     decode_unsupported,
     fp8_decode_config,
-    hopper_decode_config,
-    hopper_decode_unsupported,
+    hopper_decode_unfit,
     rows_dtype,
 )
 from moe_gpu.triton_kernels.dispatch import IMPLEMENTATIONS, NAMESPACE, autograd_kernel, call
@@ -36,7 +35,7 @@ from moe_gpu.triton_kernels.gather_scatter import (
 from moe_gpu.triton_kernels.grouped_gemm import num_sms, row_contiguous, shared_bytes, usable_sms
 from moe_gpu.triton_kernels.load_counts import count_load
 from moe_gpu.triton_kernels.placing import sort_routes
-from moe_gpu.triton_kernels.products import Products
+from moe_gpu.triton_kernels.products import Products, decode_tile
 from moe_gpu.triton_kernels.routing_grad import route_backward
 from moe_gpu.triton_kernels.tuning import FP8_GROUPED_ROWS_PER_EXPERT, FP8_MAX_ROWS_PER_EXPERT, mlp_config
 
@@ -198,13 +197,14 @@ def _rows(
     o = o._replace(x=row_contiguous(o.x))
     depth = 1 if o.mid is None else 2
     rows, biases = (o.x, o.row_route, o.offsets, o.top_k), (o.up_bias, o.down_bias)
-    if hopper_decode_unsupported(o.x, (o.up, o.down), o.num_rows, tiled_experts, depth, save) is None:
+    tile, programs = None, usable_sms(o.x.device, o.sm_budget)
+    if hopper_decode_unfit(o.x, (o.up, o.down), tiled_experts, depth, save) is None:
+        tile = decode_tile(o.x, o.num_rows, tiled_experts, o.down.shape[2], programs)
+    if tile is not None:
         from moe_gpu.triton_kernels.hopper_decode import decode_forward_hopper
 
         if out is None:
             out = o.x.new_empty(o.num_rows, o.down.shape[1], dtype=rows_dtype(o.x.dtype, o.num_rows, tiled_experts))
-        tile = hopper_decode_config(o.num_rows, tiled_experts, o.x.shape[1], o.down.shape[2])
-        programs = usable_sms(o.x.device, o.sm_budget)
         return decode_forward_hopper(*rows, o.up, o.down, o.activation, tile, programs, *biases, out), None, None
     if decode_unsupported(o.x, o.num_rows, tiled_experts, depth, save, o.sm_budget) is None:
         config = decode_config(o.num_rows)

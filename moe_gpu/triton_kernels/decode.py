@@ -25,14 +25,7 @@ MIN_CAPABILITY = (9, 0)
 # 2048 by 768, bfloat16), against the grouped products: one token 25.8 against 29.2 us, two 44.6 against 47.4, eight
 # 123.7 against 125.3 (printed, not recorded).
 DECODE_MAX_ROWS_PER_EXPERT = 1
-# Of `decode_forward_hopper`, us, against what served before it, uniform / all tokens to the same experts: Qwen3's 8 and
-# 128 tokens 114 / 29 and 297 / 70 instead of 124 / 32 and 306 / 90; its 256 300 / 115 instead of 317 / 60, since an
-# expert that may get every token is then read in many tiles. Mixtral's 64 tokens, 16 rows an expert: 653 instead of 693
-# (printed).
-HOPPER_DECODE_MAX_ROWS_PER_EXPERT = 16
-HOPPER_DECODE_MAX_TOKENS = 128
 HOPPER_DECODE_MAX_EXPERTS = 512  # each program holds where the rows of all of them lie
-FOLDED_DEPTH = 4096
 LINE_BITS = tl.constexpr(8 * 128)  # of a cache line
 
 
@@ -298,39 +291,10 @@ def decode_unsupported(
     return None
 
 
-@dataclass(frozen=True)
-class HopperDecodeConfig:
-    """Of `hopper_decode.py`: tiles of `rows` rows of an expert against 64 // fold weight rows, and stages of both."""
-
-    rows: int
-    up_fold: int
-    down_fold: int
-    stages: int
-
-
-def hopper_decode_config(num_rows: int, num_experts: int, input_dim: int, hidden_dim: int) -> HopperDecodeConfig:
-    """The fastest of the tiles tried on an H200 for the experts of Qwen3, Mixtral and DeepSeek-V3, skewed too.
-
-    More rows in a tile than experts have cost stages, fewer cost reading weights again. Folding makes items even and
-    pays where one is still many stages long, or where there are hardly more items than SMs.
-    """
-    if num_rows > 4 * num_experts:
-        return HopperDecodeConfig(rows=32, up_fold=1, down_fold=1, stages=4)
-    up_fold, down_fold = (2 if depth >= FOLDED_DEPTH else 1 for depth in (input_dim, hidden_dim))
-    if 2 * num_rows > num_experts:
-        return HopperDecodeConfig(16, up_fold, down_fold, stages=4 if max(up_fold, down_fold) > 1 else 5)
-    return HopperDecodeConfig(8, 2 if num_rows <= 8 else up_fold, down_fold, stages=5)
-
-
-def hopper_decode_unsupported(
-    x_TH: torch.Tensor,
-    weights: tuple[torch.Tensor, torch.Tensor],
-    num_rows: int,
-    num_experts: int,
-    depth: int,
-    save: bool,
+def hopper_decode_unfit(
+    x_TH: torch.Tensor, weights: tuple[torch.Tensor, torch.Tensor], num_experts: int, depth: int, save: bool
 ) -> str | None:
-    """Why `decode_forward_hopper` does not serve these operands, or None where it does.
+    """Why `decode_forward_hopper` cannot serve these operands, or None where it can.
 
     num_experts: that the rows are of, where the weights are only some of theirs.
     """
@@ -338,11 +302,6 @@ def hopper_decode_unsupported(
         return "decode kernels keep nothing for a gradient"
     if depth != 1:
         return f"decode kernels serve experts of depth 1, not {depth}"
-    if num_rows > HOPPER_DECODE_MAX_ROWS_PER_EXPERT * num_experts:
-        most = HOPPER_DECODE_MAX_ROWS_PER_EXPERT
-        return f"{num_rows} rows for {num_experts} experts are more than {most} an expert"
-    if x_TH.shape[0] > HOPPER_DECODE_MAX_TOKENS:
-        return f"{x_TH.shape[0]} tokens are more than {HOPPER_DECODE_MAX_TOKENS}"
     if x_TH.dtype not in (torch.float16, torch.bfloat16):
         return f"decode kernels compute in float16 and bfloat16, not in {x_TH.dtype}"
     unavailable = hopper_unavailable(x_TH.device)
@@ -350,11 +309,12 @@ def hopper_decode_unsupported(
         return unavailable
     if num_experts > HOPPER_DECODE_MAX_EXPERTS:
         return f"{num_experts} experts are more than {HOPPER_DECODE_MAX_EXPERTS}"
-    if x_TH.stride(0) % 8 or any(w.shape[2] % 8 for w in weights):
+    up, down = weights
+    if x_TH.stride(0) % 8 or up.shape[2] % 8 or down.shape[2] % 8:
         return "rows do not start on 16 bytes"
-    if x_TH.data_ptr() % 16 or any(w.data_ptr() % 16 for w in weights):
+    if x_TH.data_ptr() % 16 or up.data_ptr() % 16 or down.data_ptr() % 16:
         return "an operand does not start on 16 bytes"
-    if not all(w.is_contiguous() for w in weights):
+    if not (up.is_contiguous() and down.is_contiguous()):
         return "the weights are strided"
     return None
 

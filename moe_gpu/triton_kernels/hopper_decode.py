@@ -27,7 +27,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from moe_gpu.config import ACTIVATIONS
 from moe_gpu.triton_kernels.counters import Counters
-from moe_gpu.triton_kernels.decode import HopperDecodeConfig
 from moe_gpu.triton_kernels.grouped_gemm import row_contiguous
 from moe_gpu.triton_kernels.hopper_common import (
     accumulator_layout,
@@ -41,7 +40,7 @@ from moe_gpu.triton_kernels.hopper_common import (
     tma_load,
 )
 from moe_gpu.triton_kernels.launch import launch, pdl_options, wait_for_previous
-from moe_gpu.triton_kernels.tuning import cdiv, next_power_of_2
+from moe_gpu.triton_kernels.tuning import HopperDecodeConfig, cdiv, next_power_of_2
 
 # Newer releases of Triton call it otherwise.
 thread_barrier = getattr(gl, "thread_barrier", None) or gl.barrier

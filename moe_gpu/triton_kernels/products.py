@@ -14,11 +14,12 @@ from moe_gpu.triton_kernels.fp8 import dequantise, fp8_unavailable, fp8_unfit, s
 from moe_gpu.triton_kernels.gather_scatter import permute_forward
 from moe_gpu.triton_kernels.grouped_gemm import grouped_gemm_forward, shared_bytes, usable_sms
 from moe_gpu.triton_kernels.grouped_gemm_grad import grouped_gemm_grad_act, grouped_gemm_grad_w
-from moe_gpu.triton_kernels.tile_table import choose_tile, device_name
+from moe_gpu.triton_kernels.tile_table import AnyTile, choose_decode, choose_tile, device_name
 from moe_gpu.triton_kernels.tuning import (
     FP8_MAX_ROWS_PER_EXPERT,
     GemmConfig,
     HopperConfig,
+    HopperDecodeConfig,
     fp8_config,
     gather_first,
     tile_beside_bias,
@@ -29,12 +30,12 @@ if TYPE_CHECKING:
 
 HOPPER_MULTIPLE = 64
 # Tiles that serve whatever tables and rules say, by kind: see `given_tiles`.
-_GIVEN: dict[str, GemmConfig | HopperConfig] = {}
+_GIVEN: dict[str, AnyTile] = {}
 
 
 @contextmanager
-def given_tiles(tiles: Mapping[str, GemmConfig | HopperConfig]) -> Iterator[None]:
-    """Within, products of these kinds take these tiles, in every thread: for comparisons of one tile with another."""
+def given_tiles(tiles: Mapping[str, AnyTile]) -> Iterator[None]:
+    """Within, these kinds take these tiles, in every thread: for comparisons of one tile with another."""
     before = dict(_GIVEN)
     _GIVEN.update(tiles)
     try:
@@ -42,6 +43,18 @@ def given_tiles(tiles: Mapping[str, GemmConfig | HopperConfig]) -> Iterator[None
     finally:
         _GIVEN.clear()
         _GIVEN.update(before)
+
+
+def decode_tile(
+    x_TH: torch.Tensor, num_rows: int, num_experts: int, hidden_dim: int, sms: int
+) -> HopperDecodeConfig | None:
+    """The tile of the launch for few rows that serves such rows of all experts, or None where products do."""
+    given = _GIVEN.get("decode")
+    if given is not None:
+        return given if isinstance(given, HopperDecodeConfig) else None
+    tokens, width = x_TH.shape
+    name = device_name(x_TH.device)
+    return choose_decode(x_TH.dtype, num_rows, tokens, num_experts, width, hidden_dim, name, sms).tile
 
 
 @functools.cache
@@ -123,8 +136,9 @@ class Products:
 
         Without weights the answer is that for a shape that no table has.
         """
-        if kind in _GIVEN:
-            return _GIVEN[kind]
+        given = _GIVEN.get(kind)
+        if isinstance(given, GemmConfig | HopperConfig):
+            return given
         device = self.device
         return choose_tile(
             kind,

@@ -2,8 +2,10 @@
 
 A table is a JSON file for one GPU model. `moe-gpu tune` writes the user's, which comes before the one that ships with
 the package (`tiles/`). A product asks by kind, bits of its numbers, rows per expert (a power of two: the end of its
-bucket), shape (N, K) and SMs. Kind, bits and bucket must be in a table; of those entries the nearest shape serves, if
-it is near, and the nearest number of SMs. Files are read once a process; an answer is remembered.
+bucket), shape (N, K) and SMs. Inference of few rows asks as the kind `decode`, with an expert's hidden and input width
+for N and K, whether up and down projection are one launch, and by which tile. Kind, bits and bucket must be in a table;
+of those entries the nearest shape serves, if it is near, and the nearest number of SMs. Files are read once a process;
+an answer is remembered.
 """
 
 from __future__ import annotations
@@ -23,12 +25,17 @@ import torch
 from moe_gpu.files import device_cache_path, device_file_name, write_atomically
 from moe_gpu.results import Ceiling, Machine
 from moe_gpu.triton_kernels.tuning import (
+    HOPPER_DECODE_MAX_ROWS_PER_EXPERT,
+    HOPPER_DECODE_MAX_TOKENS,
     HOPPER_MIN_ROWS_PER_EXPERT,
-    KINDS,
+    TUNED,
     GemmConfig,
     HopperConfig,
+    HopperDecodeConfig,
+    TwoProducts,
     cdiv,
     gemm_config,
+    hopper_decode_config,
     next_power_of_2,
     row_classes_fit,
 )
@@ -39,9 +46,14 @@ SCHEMA = 1
 MAX_ROWS_PER_EXPERT = 4096  # the last bucket holds all beyond
 # A shape serves for another whose N and K differ by no more than this factor, multiplied together.
 NEAR = 4.0
-PATHS: dict[str, type[GemmConfig] | type[HopperConfig]] = {"triton": GemmConfig, "hopper": HopperConfig}
-
 Tile = GemmConfig | HopperConfig
+AnyTile = Tile | HopperDecodeConfig | TwoProducts  # the last two are of the kind `decode`
+PATHS: dict[str, type[AnyTile]] = {
+    "triton": GemmConfig,
+    "hopper": HopperConfig,
+    "one launch": HopperDecodeConfig,
+    "two products": TwoProducts,
+}
 
 
 class TableError(ValueError):
@@ -65,7 +77,7 @@ class Entry:
     """The tiles of a cell with their milliseconds, the chosen first, one a path; `machine` numbers the table's rows."""
 
     cell: Cell
-    tiles: tuple[tuple[Tile, float], ...]
+    tiles: tuple[tuple[AnyTile, float], ...]
     machine: int = 0
 
 
@@ -84,7 +96,7 @@ class Table:
             buckets[entry.cell.kind, entry.cell.bits, entry.cell.rows_per_expert].append(entry)
         return buckets
 
-    def find(self, cell: Cell, hopper: bool) -> tuple[Entry, Tile, float] | None:
+    def find(self, cell: Cell, hopper: bool) -> tuple[Entry, AnyTile, float] | None:
         """The entry nearest to a cell, the tile of it that may serve, and its milliseconds; None without a near one."""
         best, best_distance = None, (math.log2(NEAR), math.inf)
         for entry in self._buckets.get((cell.kind, cell.bits, cell.rows_per_expert), ()):
@@ -105,7 +117,7 @@ class Table:
         machines = (*(self.machines[number] for number in used), machine)
         renumbered = [Entry(entry.cell, entry.tiles, used.index(entry.machine)) for entry in kept]
         renumbered += [Entry(entry.cell, entry.tiles, len(used)) for entry in new.values()]
-        order = {kind: place for place, kind in enumerate(KINDS)}
+        order = {kind: place for place, kind in enumerate(TUNED)}
         renumbered.sort(key=lambda entry: (order[entry.cell.kind], *tuple(asdict(entry.cell).values())[1:]))
         return Table(machines, tuple(renumbered), ceilings)
 
@@ -115,6 +127,15 @@ class Choice:
     """A product's tile and why; `time_ms`: what it took where it was measured, None by the rules of tuning.py."""
 
     tile: Tile
+    reason: str
+    time_ms: float | None = None
+
+
+@dataclass(frozen=True)
+class DecodeChoice:
+    """The tile of the launch for few rows and why; None where up and down projection are two products."""
+
+    tile: HopperDecodeConfig | None
     reason: str
     time_ms: float | None = None
 
@@ -150,12 +171,44 @@ def choose_tile(
             found = table.find(cell, hopper)
             if found:
                 entry, tile, time_ms = found
+                assert isinstance(tile, GemmConfig | HopperConfig)  # as `_entry` has seen to
                 if few and isinstance(entry.tiles[0][0], HopperConfig):
                     break  # its plain tile was measured for those that Gluon cannot serve: at the end of the bucket
-                have = entry.cell
-                reason = f"{path}: up to {have.rows_per_expert} rows an expert, {have.n} x {have.k}, {have.sms} SMs"
-                return Choice(tile, reason, time_ms)
+                return Choice(tile, _reason(path, entry.cell), time_ms)
     return Choice(gemm_config(kind, dtype, num_rows, num_experts, shared_bytes, hopper), "heuristic (no table entry)")
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_decode(
+    dtype: torch.dtype,
+    num_rows: int,
+    num_tokens: int,
+    num_experts: int,
+    input_dim: int,
+    hidden_dim: int,
+    device_name: str | None,
+    sms: int,
+) -> DecodeChoice:
+    """Whether inference of `num_rows` rows of all experts goes by one launch, by which tile, and why.
+
+    Below a row for each second expert no table is asked: its first bucket holds the times of more.
+    """
+    if device_name is not None and 2 * num_rows > num_experts:
+        cell = Cell("decode", dtype.itemsize * 8, rows_bucket(num_rows, num_experts), hidden_dim, input_dim, sms)
+        for path, table in tables(device_name):
+            found = table.find(cell, True)
+            if found:
+                entry, tile, time_ms = found
+                launch = tile if isinstance(tile, HopperDecodeConfig) else None
+                return DecodeChoice(launch, _reason(path, entry.cell), time_ms)
+    few = num_rows <= HOPPER_DECODE_MAX_ROWS_PER_EXPERT * num_experts and num_tokens <= HOPPER_DECODE_MAX_TOKENS
+    most = f"up to {HOPPER_DECODE_MAX_ROWS_PER_EXPERT} rows an expert and {HOPPER_DECODE_MAX_TOKENS} tokens"
+    by_rule = hopper_decode_config(num_rows, num_experts, input_dim, hidden_dim) if few else None
+    return DecodeChoice(by_rule, f"heuristic (no table entry): {most}")
+
+
+def _reason(path: Path, have: Cell) -> str:
+    return f"{path}: up to {have.rows_per_expert} rows an expert, {have.n} x {have.k}, {have.sms} SMs"
 
 
 @functools.cache
@@ -183,6 +236,7 @@ def forget_tables() -> None:
     """Read the files again when a tile is next asked for."""
     tables.cache_clear()
     choose_tile.cache_clear()
+    choose_decode.cache_clear()
 
 
 def cache_path(device_name: str) -> Path:
@@ -227,14 +281,17 @@ def _entry(values: dict[str, Any]) -> Entry:
     machine = values.pop("machine")
     cell = Cell(**values)
     sizes = tuple(asdict(cell).values())[1:]
-    if cell.kind not in KINDS or not all(_whole(size) and size > 0 for size in sizes) or not tiles:
+    if cell.kind not in TUNED or not all(_whole(size) and size > 0 for size in sizes) or not tiles:
         raise TableError(f"it is damaged (no such entry: {values})")
     if not _whole(machine):
         raise TableError(f"it is damaged (machine {machine!r})")
+    for tile, _ in tiles:
+        if isinstance(tile, HopperDecodeConfig | TwoProducts) != (cell.kind == "decode"):
+            raise TableError(f"it is damaged ({cell.kind} by {path_of(tile)})")
     return Entry(cell, tiles, machine)
 
 
-def _tile(values: dict[str, Any]) -> tuple[Tile, float]:
+def _tile(values: dict[str, Any]) -> tuple[AnyTile, float]:
     values = dict(values)
     path, time_ms = values.pop("path"), values.pop("time_ms")
     if path not in PATHS or not isinstance(time_ms, (int, float)):
@@ -248,9 +305,10 @@ def _tile(values: dict[str, Any]) -> tuple[Tile, float]:
         if field.name == "smaller_ms":
             continue
         value = getattr(tile, field.name)
-        power = field.name.startswith("block") or field.name == "num_warps"
+        power = field.name.startswith("block") or field.name.endswith(("num_warps", "fold"))
         right = isinstance(value, bool) if field.name == "claimed" else _whole(value) and value >= 0
-        if not right or (power and value.bit_count() != 1) or (field.name == "rows" and value not in (128, 192)):
+        rows = (8, 16, 32, 64) if isinstance(tile, HopperDecodeConfig) else (128, 192)
+        if not right or (power and value.bit_count() != 1) or (field.name == "rows" and value not in rows):
             raise TableError(f"it is damaged ({field.name}={value!r})")
     return tile, float(time_ms)
 
@@ -259,8 +317,8 @@ def _whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def path_of(tile: Tile) -> str:
-    """`triton` or `hopper`: what runs the tile."""
+def path_of(tile: AnyTile) -> str:
+    """`triton`, `hopper` and so on: what runs the tile."""
     return next(path for path, config in PATHS.items() if isinstance(tile, config))
 
 

@@ -95,7 +95,7 @@ def test_gluon_decode_tile(num_tokens, shape, activation, bias):
             new(experts, up_rows, width),
             new(experts, width, hidden),
             activation,
-            decode.hopper_decode_config(rows, experts, width, hidden),
+            tuning.hopper_decode_config(rows, experts, width, hidden),
             132,
             new(experts, up_rows) if bias else None,
             new(experts, width) if bias else None,

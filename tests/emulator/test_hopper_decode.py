@@ -13,8 +13,8 @@ from moe_gpu.config import ACTIVATIONS
 from moe_gpu.reference import activate_reference
 from moe_gpu.triton_kernels import hopper_common, hopper_decode
 from moe_gpu.triton_kernels.counters import Counters
-from moe_gpu.triton_kernels.decode import HopperDecodeConfig, hopper_decode_config
 from moe_gpu.triton_kernels.hopper_decode import decode_forward_hopper
+from moe_gpu.triton_kernels.tuning import HopperDecodeConfig, hopper_decode_config
 from tests.emulator.emulator import emulated, key_of
 from tests.emulator.faults import faults_in, functions_of
 from tests.emulator.products import TOP_K, Ragged

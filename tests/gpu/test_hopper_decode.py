@@ -9,10 +9,10 @@ from moe_gpu import reference
 from moe_gpu.gpu_slice_manager import AdvancedGPUSliceManager
 from moe_gpu.slices.plan import BackendUnavailableError
 from moe_gpu.slices.policies import SliceAllocationPolicy
-from moe_gpu.triton_kernels.decode import HopperDecodeConfig, hopper_decode_config
 from moe_gpu.triton_kernels.gather_scatter import combine_forward
 from moe_gpu.triton_kernels.ops import TritonExpertOps
 from moe_gpu.triton_kernels.products import hopper_unavailable
+from moe_gpu.triton_kernels.tuning import HopperDecodeConfig, hopper_decode_config
 from tests.kernel_cases import ExpertCase, ExpertProblem, check_close, make_problem, reference_run
 
 pytestmark = [

@@ -10,8 +10,8 @@ import torch
 from moe_gpu import tune, tune_problem
 from moe_gpu.benchmark.timing import Timer
 from moe_gpu.config import PRESETS, MoEConfig
-from moe_gpu.explain import layer_products
-from moe_gpu.triton_kernels.tuning import GemmConfig
+from moe_gpu.explain import both_products, layer_products
+from moe_gpu.triton_kernels.tuning import GemmConfig, HopperDecodeConfig, TwoProducts
 
 CONFIG = MoEConfig(64, 64, 32, 4, 2)
 PRODUCTS = [*layer_products(CONFIG), dataclasses.replace(layer_products(CONFIG)[-2], kind="grad_w")]
@@ -41,3 +41,14 @@ def test_right_tiles_are_timed_and_wrong_ones_never_chosen(product, monkeypatch)
     assert [tile for tile, _ in outcome.tiles] == TILES[:1]
     assert "is wrong" in outcome.rows[1].error
     assert outcome.rows[1].time_ms is None
+
+
+def test_two_products_are_timed_and_a_launch_that_cannot_serve_is_a_row(monkeypatch):
+    monkeypatch.setattr(tune_problem, "PRESETS", {**PRESETS, "tiny": CONFIG})
+    operands = tune_problem.Operands(CONFIG, 24, torch.device("cpu"))
+    case = tune_problem.Case("tiny", both_products(CONFIG), 24, 2)
+    tiles = [TwoProducts(), HopperDecodeConfig(8, 1, 1, 5)]
+    outcome = tune.measure(case, operands, tiles, {"two products": tiles[0]}, tiles[0], Timer(torch.device("cpu")))
+    assert [tile for tile, _ in outcome.tiles] == tiles[:1]
+    assert outcome.rows[0].tflops > 0
+    assert "need a GPU" in outcome.rows[1].error
