@@ -3,7 +3,7 @@
 #
 # tests      every GPU test, eight at a time with pytest-xdist (3.5 minutes on 16 cores); first: nothing is timed on red tests
 # alone      the GPU tests that look at the whole GPU's energy, memory and SMs, with nothing beside them
-# tiles      tiles of DeepSeek-V3 and Mixtral where no table has any; then decode at those sizes
+# tiles      tiles of DeepSeek-V3 and Mixtral where no table has any, few rows of all three; then decode by what was found
 # experts    training shapes beside SonicMoE, if installed (it compiles for minutes), and bmm
 # models     decoding steps of a transformers model
 # layer      the whole layer beside its peers, eager launches among them
@@ -25,6 +25,7 @@ alone) $python -m pytest -q $alone 2>&1 | tee "$folder/alone.log" ;;
 tiles)
     $python -m moe_gpu tune --preset deepseek-v3 --tokens 4096,8192,16384 --kind up,down --output "$folder/h200_tiles.jsonl"
     $python -m moe_gpu tune --preset mixtral-8x7b --tokens 2048,4096 --kind up,down --output "$folder/h200_tiles_mixtral.jsonl"
+    $python -m moe_gpu tune --preset qwen3-30b-a3b,mixtral-8x7b,deepseek-v3 --kind decode --output "$folder/h200_few.jsonl"
     $python benchmarks/run_hopper.py "$folder/h200_decode.jsonl" --table decode
     ;;
 experts) $python benchmarks/run_hopper.py "$folder/h200_experts.jsonl" --table training ;;
