@@ -21,9 +21,7 @@ TYPES |= dict.fromkeys(("route_ptr", "offsets_ptr"), "*i32")
 TYPES |= {"y_ptr": "*fp32"} | dict.fromkeys((*ALIGNED, "E"), "i32")
 
 
-@pytest.mark.parametrize(
-    ("num_rows", "weights"), [*((rows, "bf16") for rows in (16, 32, 64, 128)), (8192, "fp8"), (8192, "fp8, UE8M0")]
-)
+@pytest.mark.parametrize(("num_rows", "weights"), [(16, "bf16"), (128, "bf16"), (8192, "fp8"), (8192, "fp8, UE8M0")])
 def test_decode_tile(num_rows, weights):
     fp8 = weights != "bf16"
     config = decode.fp8_decode_config(128, 128) if fp8 else decode.decode_config(num_rows)
@@ -64,17 +62,15 @@ def test_decode_tile(num_rows, weights):
 
 
 QWEN, MIXTRAL, DEEPSEEK = (128, 8, 2048, 768), (8, 2, 4096, 14336), (256, 8, 7168, 2048)  # E, K, H, I
-# Between them every tile that the rule gives, every activation that costs registers, biases, and the most experts.
+# Between them every tile that the rule gives, every kind of activation, biases, and the most experts.
 GLUON = [
     (1, QWEN, "swiglu", False),
     (16, QWEN, "geglu", True),
+    (8, (512, 8, 2048, 768), "gelu_tanh", True),
     (128, QWEN, "swiglu", False),
-    (64, (512, 8, 2048, 768), "gelu_tanh", True),
     (1, MIXTRAL, "swiglu", True),
     (8, MIXTRAL, "swiglu", False),
     (64, DEEPSEEK, "swiglu", False),
-    (8, DEEPSEEK, "swiglu", False),
-    (5, (4, 2, 40, 24), "swiglu", False),
 ]
 
 

@@ -85,7 +85,8 @@ def test_decode(options):
 
 @pytest.mark.parametrize("config", sorted(CONFIGS, key=str), ids=str)
 def test_every_tile_by_rule(config):
-    check(replace(FEW, rows_per_expert=(35, 0, 1)), config, width=520, hidden=264, bias=(True, True))
+    on = replace(FEW, rows_per_expert=(config.rows + 1, 0, 1), tail=config.rows % 2)
+    check(on, config, width=520, hidden=136, output=72, bias=(True, True))
 
 
 @pytest.mark.parametrize("seed", range(1, 7))
@@ -139,7 +140,7 @@ WITNESSES = ((SMALL, {"width": 600, "hidden": 520}), (replace(SMALL, stages=6), 
 @pytest.mark.parametrize("fault", list(planted_faults()))
 def test_planted_fault_is_noticed(fault):
     noticed = False
-    for seed, (config, sizes) in itertools.product(range(3), WITNESSES):
+    for seed, (config, sizes) in itertools.product(range(2), WITNESSES):
         try:
             check(FEW, config, seed=seed, replaced=fault.replaced, **sizes)
         except AssertionError:
