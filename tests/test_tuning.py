@@ -27,6 +27,7 @@ from moe_gpu.triton_kernels.tuning import (
     HopperConfig,
     HopperDecodeConfig,
     TwoProducts,
+    cdiv,
     gemm_config,
     hopper_decode_config,
     operand_bytes,
@@ -561,6 +562,18 @@ def test_why_the_launch_for_few_rows_does_not_serve(changed, reason, monkeypatch
         down = down.transpose(1, 2).contiguous().transpose(1, 2)
     got = decode.hopper_decode_unfit(x.view(-1, width), (up, down), experts, case["depth"], case["save"])
     assert got is None if reason is None else reason in got
+
+
+def test_there_are_counters_for_every_row_tile_that_the_rule_can_give_and_more_are_cleared():
+    from moe_gpu.triton_kernels.counters import Counters
+
+    for experts in (1, 8, 128, 512):
+        for rows in range(1, 16 * experts + 1):
+            tile = hopper_decode_config(rows, experts, 2048, 768)
+            assert 1 + cdiv(rows, tile.rows) + min(rows, experts) <= Counters.SIZE
+    more = Counters().get(torch.device("cpu"), 5 * Counters.SIZE)
+    assert more.shape == (5 * Counters.SIZE,)
+    assert not more.any()
 
 
 @pytest.mark.parametrize("sizes", [(2048, 768), (4096, 14336), (7168, 2048), (40, 24)])

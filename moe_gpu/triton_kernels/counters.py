@@ -21,13 +21,13 @@ class Counters:
         self._fresh: dict[torch.device, list[torch.Tensor]] = {}
         self._of_stream: dict[tuple[torch.device, int], torch.Tensor] = {}
 
-    def get(self, device: torch.device) -> torch.Tensor:
-        """(SIZE,) int32, for a launch on the device's current stream."""
-        if device.type != "cuda":
-            return torch.zeros(self.SIZE, dtype=torch.int32, device=device)
+    def get(self, device: torch.device, count: int) -> torch.Tensor:
+        """At least `count` int32 for a launch on the device's current stream; a launch clears more than SIZE."""
+        if device.type != "cuda" or count > self.SIZE:
+            return torch.zeros(count, dtype=torch.int32, device=device)
         if device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
-                return self.get(device)
+                return self.get(device, count)
         capturing = torch.cuda.is_current_stream_capturing()
         stream = device, torch.cuda.current_stream(device).cuda_stream
         with self._lock:

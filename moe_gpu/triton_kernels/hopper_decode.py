@@ -473,7 +473,7 @@ def decode_forward_hopper(
         None if down_bias_EO is None else down_bias_EO.contiguous(),
         a,
         y,
-        _COUNTERS.get(x_TH.device),
+        _COUNTERS.get(x_TH.device, 1 + row_tiles),
         num_experts,
         input_dim // 8,
         hidden_dim // 8,

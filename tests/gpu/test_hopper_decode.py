@@ -93,6 +93,10 @@ def test_any_number_of_programs(programs):
         check(case, TILES[1], torch.bfloat16, programs)
 
 
+def test_more_row_tiles_than_counters_are_kept_for():
+    check(ExpertCase("512 experts, many rows", 1200, 64, 64, 512, 8), HopperDecodeConfig(8, 1, 1, 5), torch.bfloat16)
+
+
 def qwen(tokens: int, seed: int) -> ExpertProblem:
     return make_problem(ExpertCase("Qwen3", tokens, 2048, 768, 32, 4), torch.bfloat16, "cuda", seed)
 
