@@ -13,11 +13,10 @@ import pytest
 import torch
 
 from moe_gpu import tune, tune_problem
-from moe_gpu.config import PRESETS, MoEConfig
-from moe_gpu.explain import Gpu, described_gpu, explain_layer, layer_products, layer_work
-from moe_gpu.results import Ceiling, Machine
+from moe_gpu.config import PRESETS
+from moe_gpu.explain import described_gpu, explain_layer, layer_products, layer_work
 from moe_gpu.triton_kernels import tile_table
-from moe_gpu.triton_kernels.tile_table import Cell, Entry, Table, choose_decode, choose_tile, rows_bucket
+from moe_gpu.triton_kernels.tile_table import Entry, choose_tile, rows_bucket
 from moe_gpu.triton_kernels.tuning import (
     HOPPER_MIN_ROWS_PER_EXPERT,
     HOPPER_SHARED_BYTES,
@@ -25,35 +24,11 @@ from moe_gpu.triton_kernels.tuning import (
     TUNED,
     GemmConfig,
     HopperConfig,
-    HopperDecodeConfig,
-    TwoProducts,
-    cdiv,
     gemm_config,
-    hopper_decode_config,
     operand_bytes,
     tile_beside_bias,
 )
-
-H200 = "NVIDIA H200"
-MACHINE = Machine(H200, "cuda", "3.12", "2.11", "Linux", "2026-11-24", compute_capability="9.0", num_sms=132)
-GLUON, PLAIN, OTHER = HopperConfig(3, group_m=16), GemmConfig(64, 64, 64, 4, 3), GemmConfig(32, 64, 64, 4, 3)
-GPU = Gpu(H200, (9, 0), 132, HOPPER_SHARED_BYTES)
-CELL = Cell("up", 16, 256, 1536, 2048, 132)
-CEILINGS = (Ceiling("matmul", "bfloat16", 8e14, "FLOP/s", "test"), Ceiling("copy", "bfloat16", 4e12, "B/s", "test"))
-
-
-def table_of(*entries: Entry) -> Table:
-    return Table((MACHINE,), entries, CEILINGS)
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """The user's table file, of no user, with nothing shipped beside it."""
-    monkeypatch.setenv("MOE_GPU_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(tile_table, "shipped_path", lambda name: tmp_path / "shipped" / "h200.json")
-    tile_table.forget_tables()
-    yield tile_table.cache_path(H200)
-    tile_table.forget_tables()
+from tests.tuning_cases import CELL, GLUON, GPU, H200, MACHINE, OTHER, PLAIN, empty_cache, table_of  # noqa: F401 fixtures
 
 
 def choose(rows=256 * 128, shape=(1536, 2048), sms=132, hopper=True, dtype=torch.bfloat16, kind="up", name=H200):
@@ -344,76 +319,6 @@ def test_a_shipped_table_is_whole_and_lies_where_its_device_looks(path):
     assert all(machine.commit for machine in table.machines)
 
 
-# Few rows
-
-DECODE_CELL = Cell("decode", 16, 4, 768, 2048, 132)
-LAUNCH = HopperDecodeConfig(16, 2, 1, 4)
-
-
-def choose_few(tokens=64, **changed):
-    sizes = {"num_rows": 8 * tokens, "num_tokens": tokens, "num_experts": 128, "input_dim": 2048, "hidden_dim": 768}
-    return choose_decode(**{"dtype": torch.bfloat16, **sizes, "device_name": H200, "sms": 132, **changed})
-
-
-def test_a_table_says_whether_few_rows_go_by_one_launch_and_by_which_tile(cache):
-    tile_table.write_table(cache, table_of(Entry(DECODE_CELL, ((LAUNCH, 0.25), (TwoProducts(), 0.5)))))
-    assert (choose_few().tile, choose_few().time_ms) == (LAUNCH, 0.25)
-    assert str(cache) in choose_few().reason
-    for other in ({"tokens": 65}, {"hidden_dim": 8 * 768}, {"device_name": None}):
-        choice = choose_few(**other)
-        assert choice.reason.startswith("heuristic")
-        hidden = other.get("hidden_dim", 768)
-        assert choice.tile == hopper_decode_config(8 * other.get("tokens", 64), 128, 2048, hidden)
-
-
-def test_two_products_serve_where_they_were_faster_and_beyond_the_rules_bounds(cache):
-    assert choose_few(tokens=129).tile is None
-    assert choose_few(tokens=40, num_experts=16, num_rows=320).tile is None
-    tile_table.write_table(cache, table_of(Entry(DECODE_CELL, ((TwoProducts(), 0.25), (LAUNCH, 0.5)))))
-    tile_table.forget_tables()
-    assert choose_few().tile is None
-
-
-def test_below_a_row_for_each_second_expert_the_rule_serves_few_rows(cache):
-    tile_table.write_table(cache, table_of(Entry(replace(DECODE_CELL, rows_per_expert=1), ((TwoProducts(), 0.25),))))
-    assert choose_few(tokens=9).tile is None
-    assert choose_few(tokens=8).tile == hopper_decode_config(64, 128, 2048, 768)
-
-
-@pytest.mark.parametrize(
-    "entry",
-    [
-        Entry(DECODE_CELL, ((GLUON, 0.25),)),
-        Entry(CELL, ((LAUNCH, 0.25),)),
-        Entry(DECODE_CELL, ((replace(LAUNCH, rows=24), 0.25),)),
-        Entry(DECODE_CELL, ((replace(LAUNCH, up_fold=3), 0.25),)),
-    ],
-    ids=("a product's tile", "of a product", "24 rows", "three folds"),
-)
-def test_a_damaged_entry_of_few_rows_is_a_warning(entry, cache, caplog):
-    tile_table.write_table(cache, table_of(entry))
-    assert choose_few().reason.startswith("heuristic")
-    assert "damaged" in caplog.text
-
-
-def test_few_rows_are_planned_and_tried_with_all_that_fits():
-    cases = [case for case in tune.plan(GPU, ["qwen3-30b-a3b"]) if case.cell.kind == "decode"]
-    assert [case.cell.rows_per_expert for case in cases] == [1, 2, 4, 8, 16, 32, 64]
-    assert cases[0].flops == PRESETS["qwen3-30b-a3b"].forward_flops(16 * 8)
-    assert [case.tokens for case in tune.plan(GPU, ["qwen3-30b-a3b"], [1, 16, 4096], ["decode"])] == [16]
-    newer = replace(GPU, capability=(10, 0))
-    assert not tune.plan(newer, ["qwen3-30b-a3b"], kinds=["decode"])
-    for case in cases:
-        tiles, incumbents, current = tune._candidates_of(case, GPU)
-        assert TwoProducts() in tiles
-        assert current in tiles
-        assert set(incumbents.values()) == {TwoProducts(), current}
-        for tile in tiles:
-            if isinstance(tile, HopperDecodeConfig):
-                columns = tile.rows * max(tile.up_fold, tile.down_fold)
-                assert tile.stages * 512 * (64 + columns) + 256 * columns + 1024 <= HOPPER_SHARED_BYTES
-
-
 # Picking
 
 
@@ -506,81 +411,3 @@ def test_the_flops_of_the_products_are_those_of_the_layer():
     steps = explain_layer(GPU, config, 512, torch.bfloat16)
     assert sum(step.flops for step in steps) == 3 * config.forward_flops(512 * 8)
     assert {product.kind for product in layer_products(config)} == set(KINDS) - {"grad_w"}
-
-
-def test_inference_with_few_rows_is_explained_as_the_decode_path(cache):
-    config = PRESETS["qwen3-30b-a3b"]
-    steps = explain_layer(GPU, config, 16, torch.bfloat16)
-    assert [step.step for step in steps][:6] == ["route", "up (inference)", "down (inference)", "up", "down", "combine"]
-    assert steps[1].path == "gluon decode"
-    assert steps[2].min_bytes == steps[4].min_bytes + 2 * 128 * 2048  # float32, up to a row an expert
-    assert steps[1].programs == 132
-    assert explain_layer(GPU, config, 16, torch.bfloat16, sm_budget=66)[1].programs == 66
-    steps = explain_layer(GPU, config, 128, torch.bfloat16)
-    assert steps[1].path == "gluon decode"
-    assert steps[2].min_bytes == steps[4].min_bytes
-    for other in ({"num_tokens": 129}, {"dtype": torch.float32}):
-        steps = explain_layer(GPU, config, **{"num_tokens": 16, "dtype": torch.bfloat16, **other})
-        assert not any("decode" in step.path for step in steps)
-
-
-def test_what_gluon_does_not_decode_plain_triton_does(cache):
-    newer, odd = replace(GPU, capability=(10, 0)), MoEConfig(2044, 2044, 768, 128, 8)
-    for gpu, config in ((newer, PRESETS["qwen3-30b-a3b"]), (GPU, odd)):
-        assert explain_layer(gpu, config, 16, torch.bfloat16)[1].path == "decode"
-        for other in ({"num_tokens": 17}, {"sm_budget": 66}):
-            steps = explain_layer(gpu, config, **{"num_tokens": 16, "dtype": torch.bfloat16, **other})
-            assert not any("decode" in step.path for step in steps)
-
-
-@pytest.mark.parametrize(
-    ("changed", "reason"),
-    [
-        ({}, None),
-        ({"save": True}, "keep nothing for a gradient"),
-        ({"depth": 2}, "depth 1, not 2"),
-        ({"dtype": torch.float32}, "not in torch.float32"),
-        ({"experts": 513}, "513 experts are more than 512"),
-        ({"width": 36}, "do not start on 16 bytes"),
-        ({"hidden": 20}, "do not start on 16 bytes"),
-        ({"by_column": True}, "strided"),
-        ({"offset": 1}, "does not start on 16 bytes"),
-    ],
-    ids=str,
-)
-def test_why_the_launch_for_few_rows_does_not_serve(changed, reason, monkeypatch):
-    from moe_gpu.triton_kernels import decode
-
-    monkeypatch.setattr(decode, "hopper_unavailable", lambda device: None)
-    sizes = {"tokens": 5, "width": 64, "hidden": 32, "experts": 8, "dtype": torch.bfloat16, "depth": 1, "save": False}
-    case = {**sizes, "by_column": False, "offset": 0, **changed}
-    experts, width, hidden = case["experts"], case["width"], case["hidden"]
-    x = torch.empty(case["tokens"] * width + 1, dtype=case["dtype"])[case["offset"] :][: case["tokens"] * width]
-    up = torch.empty(experts, 2 * hidden, width, dtype=case["dtype"])
-    down = torch.empty(experts, width, hidden, dtype=case["dtype"])
-    if case["by_column"]:
-        down = down.transpose(1, 2).contiguous().transpose(1, 2)
-    got = decode.hopper_decode_unfit(x.view(-1, width), (up, down), experts, case["depth"], case["save"])
-    assert got is None if reason is None else reason in got
-
-
-def test_there_are_counters_for_every_row_tile_that_the_rule_can_give_and_more_are_cleared():
-    from moe_gpu.triton_kernels.counters import Counters
-
-    for experts in (1, 8, 128, 512):
-        for rows in range(1, 16 * experts + 1):
-            tile = hopper_decode_config(rows, experts, 2048, 768)
-            assert 1 + cdiv(rows, tile.rows) + min(rows, experts) <= Counters.SIZE
-    more = Counters().get(torch.device("cpu"), 5 * Counters.SIZE)
-    assert more.shape == (5 * Counters.SIZE,)
-    assert not more.any()
-
-
-@pytest.mark.parametrize("sizes", [(2048, 768), (4096, 14336), (7168, 2048), (40, 24)])
-def test_every_tile_for_few_rows_fits_in_shared_memory_and_grows_with_the_rows(sizes):
-    tiles = [hopper_decode_config(rows, 128, *sizes) for rows in range(1, 16 * 128 + 1)]
-    for tile in set(tiles):
-        columns = tile.rows * max(tile.up_fold, tile.down_fold)
-        assert tile.stages * 512 * (64 + columns) + 4 * 64 * columns + 1024 <= HOPPER_SHARED_BYTES
-    assert [tile.rows for tile in tiles] == sorted(tile.rows for tile in tiles)
-    assert {tile.rows for tile in tiles} == {8, 16, 32}
