@@ -121,8 +121,9 @@ def candidates(kind: str, rows_per_expert: float, shared_bytes: int, gated: bool
             HopperConfig(stages, width, slots, group)
             for (stages, width, slots), group in itertools.product(stores, (8, 16, 4))
         ]
+        if kind in ("up", "down", "grad_x"):
+            plain += [HopperConfig(*store, group_m=4, claimed=True) for store in stores]
         if kind in ("up", "down", "grad_x") and rows_per_expert > 64:
-            plain += [HopperConfig(*store, claimed=True) for store in stores]
             plain += [
                 HopperConfig(3, width, slots, group, rows=192, claimed=True)
                 for (width, slots), group in itertools.product([(64, 2), (64, 3), (128, 1)], (8, 16, 4))
@@ -140,7 +141,7 @@ def decode_candidates(shared_bytes: int) -> list[AnyTile]:
     found: list[AnyTile] = [TwoProducts()]
     for rows, up_fold, down_fold in itertools.product((8, 16, 32, 64), (1, 2), (1, 2)):
         columns = rows * max(up_fold, down_fold)
-        sums = 4 * 64 * columns
+        sums = 2 * 4 * 64 * columns  # of a tall tile
         stages = min(6, (shared_bytes - sums - 2048) // (512 * (64 + columns)))
         if stages >= 2:
             found.append(HopperDecodeConfig(rows, up_fold, down_fold, stages))

@@ -13,6 +13,7 @@ from moe_gpu.explain import explain_layer
 from moe_gpu.triton_kernels import tile_table
 from moe_gpu.triton_kernels.tile_table import Cell, Entry, choose_decode
 from moe_gpu.triton_kernels.tuning import (
+    HOPPER_DECODE_MOST_ROWS,
     HOPPER_SHARED_BYTES,
     HopperDecodeConfig,
     TwoProducts,
@@ -37,13 +38,15 @@ def test_a_table_says_whether_few_rows_go_by_one_launch_and_by_which_tile(cache)
     for other in ({"tokens": 65}, {"hidden_dim": 8 * 768}, {"device_name": None}):
         choice = choose_few(**other)
         assert choice.reason.startswith("heuristic")
-        hidden = other.get("hidden_dim", 768)
-        assert choice.tile == hopper_decode_config(8 * other.get("tokens", 64), 128, 2048, hidden)
+        tokens, hidden = other.get("tokens", 64), other.get("hidden_dim", 768)
+        assert choice.tile == hopper_decode_config(8 * tokens, tokens, 128, 2048, hidden)
 
 
 def test_two_products_serve_where_they_were_faster_and_beyond_the_rules_bounds(cache):
-    assert choose_few(tokens=129).tile is None
-    assert choose_few(tokens=40, num_experts=16, num_rows=320).tile is None
+    for tokens, rows in HOPPER_DECODE_MOST_ROWS.items():
+        assert choose_few(tokens=tokens, num_rows=128 * rows).tile is not None
+        assert choose_few(tokens=tokens, num_rows=128 * rows + 1).tile is None
+        assert choose_few(tokens=tokens + 1, num_rows=128 * rows).tile is None
     tile_table.write_table(cache, table_of(Entry(DECODE_CELL, ((TwoProducts(), 0.25), (LAUNCH, 0.5)))))
     tile_table.forget_tables()
     assert choose_few().tile is None
@@ -52,7 +55,7 @@ def test_two_products_serve_where_they_were_faster_and_beyond_the_rules_bounds(c
 def test_below_a_row_for_each_second_expert_the_rule_serves_few_rows(cache):
     tile_table.write_table(cache, table_of(Entry(replace(DECODE_CELL, rows_per_expert=1), ((TwoProducts(), 0.25),))))
     assert choose_few(tokens=9).tile is None
-    assert choose_few(tokens=8).tile == hopper_decode_config(64, 128, 2048, 768)
+    assert choose_few(tokens=8).tile == hopper_decode_config(64, 8, 128, 2048, 768)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +89,7 @@ def test_few_rows_are_planned_and_tried_with_all_that_fits():
         for tile in tiles:
             if isinstance(tile, HopperDecodeConfig):
                 columns = tile.rows * max(tile.up_fold, tile.down_fold)
-                assert tile.stages * 512 * (64 + columns) + 256 * columns + 1024 <= HOPPER_SHARED_BYTES
+                assert tile.stages * 512 * (64 + columns) + 512 * columns + 1024 <= HOPPER_SHARED_BYTES
 
 
 def test_inference_with_few_rows_is_explained_as_the_decode_path(cache):
@@ -100,7 +103,7 @@ def test_inference_with_few_rows_is_explained_as_the_decode_path(cache):
     steps = explain_layer(GPU, config, 128, torch.bfloat16)
     assert steps[1].path == "gluon decode"
     assert steps[2].min_bytes == steps[4].min_bytes
-    for other in ({"num_tokens": 129}, {"dtype": torch.float32}):
+    for other in ({"num_tokens": 385}, {"dtype": torch.float32}):
         steps = explain_layer(GPU, config, **{"num_tokens": 16, "dtype": torch.bfloat16, **other})
         assert not any("decode" in step.path for step in steps)
 
@@ -149,8 +152,8 @@ def test_there_are_counters_for_every_row_tile_that_the_rule_can_give_and_more_a
     from moe_gpu.triton_kernels.counters import Counters
 
     for experts in (1, 8, 128, 512):
-        for rows in range(1, 16 * experts + 1):
-            tile = hopper_decode_config(rows, experts, 2048, 768)
+        for rows in range(1, 48 * experts + 1):
+            tile = hopper_decode_config(rows, 256, experts, 2048, 768)
             assert 1 + cdiv(rows, tile.rows) + min(rows, experts) <= Counters.SIZE
     more = Counters().get(torch.device("cpu"), 5 * Counters.SIZE)
     assert more.shape == (5 * Counters.SIZE,)
@@ -159,9 +162,10 @@ def test_there_are_counters_for_every_row_tile_that_the_rule_can_give_and_more_a
 
 @pytest.mark.parametrize("sizes", [(2048, 768), (4096, 14336), (7168, 2048), (40, 24)])
 def test_every_tile_for_few_rows_fits_in_shared_memory_and_grows_with_the_rows(sizes):
-    tiles = [hopper_decode_config(rows, 128, *sizes) for rows in range(1, 16 * 128 + 1)]
+    tiles = [hopper_decode_config(rows, 256, 128, *sizes) for rows in range(1, 48 * 128 + 1)]
     for tile in set(tiles):
         columns = tile.rows * max(tile.up_fold, tile.down_fold)
-        assert tile.stages * 512 * (64 + columns) + 4 * 64 * columns + 1024 <= HOPPER_SHARED_BYTES
+        assert tile.stages * 512 * (64 + columns) + 512 * columns + 1024 <= HOPPER_SHARED_BYTES
     assert [tile.rows for tile in tiles] == sorted(tile.rows for tile in tiles)
-    assert {tile.rows for tile in tiles} == {8, 16, 32}
+    assert {tile.rows for tile in tiles} == {8, 16, 32, 64}
+    assert hopper_decode_config(128 * 8, 257, 128, *sizes).rows == 64

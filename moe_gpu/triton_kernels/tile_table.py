@@ -25,8 +25,7 @@ import torch
 from moe_gpu.files import device_cache_path, device_file_name, write_atomically
 from moe_gpu.results import Ceiling, Machine
 from moe_gpu.triton_kernels.tuning import (
-    HOPPER_DECODE_MAX_ROWS_PER_EXPERT,
-    HOPPER_DECODE_MAX_TOKENS,
+    HOPPER_DECODE_MOST_ROWS,
     HOPPER_MIN_ROWS_PER_EXPERT,
     TUNED,
     GemmConfig,
@@ -36,6 +35,7 @@ from moe_gpu.triton_kernels.tuning import (
     cdiv,
     gemm_config,
     hopper_decode_config,
+    hopper_decode_serves,
     next_power_of_2,
     row_classes_fit,
 )
@@ -201,10 +201,11 @@ def choose_decode(
                 entry, tile, time_ms = found
                 launch = tile if isinstance(tile, HopperDecodeConfig) else None
                 return DecodeChoice(launch, _reason(path, entry.cell), time_ms)
-    few = num_rows <= HOPPER_DECODE_MAX_ROWS_PER_EXPERT * num_experts and num_tokens <= HOPPER_DECODE_MAX_TOKENS
-    most = f"up to {HOPPER_DECODE_MAX_ROWS_PER_EXPERT} rows an expert and {HOPPER_DECODE_MAX_TOKENS} tokens"
-    by_rule = hopper_decode_config(num_rows, num_experts, input_dim, hidden_dim) if few else None
-    return DecodeChoice(by_rule, f"heuristic (no table entry): {most}")
+    most = " or ".join(f"{rows} rows an expert and {tokens} tokens" for tokens, rows in HOPPER_DECODE_MOST_ROWS.items())
+    by_rule = None
+    if hopper_decode_serves(num_rows, num_tokens, num_experts):
+        by_rule = hopper_decode_config(num_rows, num_tokens, num_experts, input_dim, hidden_dim)
+    return DecodeChoice(by_rule, f"heuristic (no table entry): up to {most}")
 
 
 def _reason(path: Path, have: Cell) -> str:

@@ -75,7 +75,10 @@ class HopperConfig:
 
 @dataclass(frozen=True)
 class HopperDecodeConfig:
-    """Of `hopper_decode.py`: tiles of `rows` rows of an expert against 64 // fold weight rows, and stages of both."""
+    """Of `hopper_decode.py`: tiles of `rows` rows of an expert against 64 // fold weight rows, and stages of both.
+
+    An expert with more rows has tiles of twice as many.
+    """
 
     rows: int
     up_fold: int
@@ -189,6 +192,9 @@ _HOPPER = {
     "grad_w_gather": HopperConfig(4),
 }
 HOPPER_MIN_ROWS_PER_EXPERT = 16
+# Up to 64 rows an expert, forward: claimed, they took 1 to 4 % less than in turns, Qwen3's 1024 tokens 354.7 instead of
+# 358.8 us, DeepSeek-V3's 5540 instead of 5671, skewed 5841 instead of 6059 (printed).
+_CLAIMED = HopperConfig(4, group_m=4, claimed=True)
 # Rows per expert, beyond 64, up to which tiles of 192 rows serve: with them Qwen3's and Mixtral's products, tuned on an
 # H200, took up to 10 % less, since one reads an expert's weights where two of 128 rows would.
 _TALL_UP_TO = {"up": 1024, "down": 512, "grad_x": 1024}
@@ -201,12 +207,12 @@ _SHARED_BYTES = {
     (10, 0): HOPPER_SHARED_BYTES,
     (10, 3): HOPPER_SHARED_BYTES,
 }
-# Of `decode_forward_hopper`, us, against what served before it, uniform / all tokens to the same experts: Qwen3's 8 and
-# 128 tokens 114 / 29 and 297 / 70 instead of 124 / 32 and 306 / 90; its 256 300 / 115 instead of 317 / 60, since an
-# expert that may get every token is then read in many tiles. Mixtral's 64 tokens, 16 rows an expert: 653 instead of 693
-# (printed).
-HOPPER_DECODE_MAX_ROWS_PER_EXPERT = 16
-HOPPER_DECODE_MAX_TOKENS = 128
+# Up to so many tokens, rows an expert that `decode_forward_hopper` serves. us, against two products, uniform / Zipf 1.2
+# / all tokens to the same experts: Qwen3's 256 tokens 301 / 303 / 90 instead of 320 / 315 / 61, its 512 324 / 353 / 129
+# instead of 328 / 348 / 90; DeepSeek-V3's 512 5139 / 5138 / 907 instead of 5537 / 5282 / 515, its 1024 5276 / 6286 /
+# 2025 instead of 5671 / 6059 / 1080; Mixtral's 128 676 / 697 / 252 instead of 702 / 730 / 282, its 192 694 instead of
+# 710, its 256 821 instead of 767 (printed). It gains until items wait for the L2, the sooner the more rows there are.
+HOPPER_DECODE_MOST_ROWS = {256: 48, 512: 24}
 FOLDED_DEPTH = 4096
 # Exact float32 runs on the plain cores: small tiles, whatever the load.
 _FLOAT32 = GemmConfig(32, 32, 32, 4, 2, programs_per_sm=4)
@@ -274,6 +280,8 @@ def gemm_config(
         return _FLOAT32
     rows_per_expert = num_rows / num_experts
     if hopper and rows_per_expert >= HOPPER_MIN_ROWS_PER_EXPERT:
+        if rows_per_expert <= 64 and kind in ("up", "down"):
+            return _CLAIMED
         return _TALL if 64 < rows_per_expert <= _TALL_UP_TO.get(kind, 0) else _HOPPER[kind]
     return next(tile for limit, tile in half_tiles(kind, shared_bytes).items() if rows_per_expert <= limit)
 
@@ -319,12 +327,22 @@ def mlp_config(
     return replace(tile, block_i=32, num_warps=4) if narrow else tile
 
 
-def hopper_decode_config(num_rows: int, num_experts: int, input_dim: int, hidden_dim: int) -> HopperDecodeConfig:
+def hopper_decode_serves(num_rows: int, num_tokens: int, num_experts: int) -> bool:
+    """Whether one launch computes up and down projection of so many rows of all experts, by rule."""
+    most = HOPPER_DECODE_MOST_ROWS.items()
+    return any(num_tokens <= tokens and num_rows <= rows * num_experts for tokens, rows in most)
+
+
+def hopper_decode_config(
+    num_rows: int, num_tokens: int, num_experts: int, input_dim: int, hidden_dim: int
+) -> HopperDecodeConfig:
     """The fastest of the tiles tried on an H200 for the experts of Qwen3, Mixtral and DeepSeek-V3, skewed too.
 
     More rows in a tile than experts have cost stages, fewer cost reading weights again. Folding makes items even and
     pays where one is still many stages long, or where there are hardly more items than SMs.
     """
+    if num_rows > 24 * num_experts or (num_rows > 4 * num_experts and num_tokens > 256):
+        return HopperDecodeConfig(rows=64, up_fold=1, down_fold=1, stages=3)
     if num_rows > 4 * num_experts:
         return HopperDecodeConfig(rows=32, up_fold=1, down_fold=1, stages=4)
     up_fold, down_fold = (2 if depth >= FOLDED_DEPTH else 1 for depth in (input_dim, hidden_dim))

@@ -24,8 +24,8 @@ INLINE_ASSEMBLY = {key_of(hopper_common.sigmoid.fn): torch.sigmoid}
 FEW = Ragged(torch.bfloat16, (9, 0, 1, 8), tail=4)
 SMALL = HopperDecodeConfig(rows=8, up_fold=1, down_fold=1, stages=2)
 CONFIGS = {
-    hopper_decode_config(num_rows, 128, width, hidden)
-    for num_rows in (8, 32, 256, 2048)
+    hopper_decode_config(num_rows, num_tokens, 128, width, hidden)
+    for num_rows, num_tokens in ((8, 1), (32, 4), (256, 32), (2048, 256), (4096, 256))
     for width, hidden in ((2048, 768), (4096, 14336), (7168, 2048))
 }
 
@@ -85,7 +85,7 @@ def test_decode(options):
 
 @pytest.mark.parametrize("config", sorted(CONFIGS, key=str), ids=str)
 def test_every_tile_by_rule(config):
-    on = replace(FEW, rows_per_expert=(config.rows + 1, 0, 1), tail=config.rows % 2)
+    on = replace(FEW, rows_per_expert=(2 * config.rows + 1, 0, config.rows + 1, 1), tail=1)
     check(on, config, width=520, hidden=136, output=72, bias=(True, True))
 
 
@@ -103,6 +103,7 @@ def test_any_order_and_float16(seed):
         Ragged(torch.bfloat16, (19,), tail=1),
         Ragged(torch.bfloat16, (0, 0, 5), tail=1),
         Ragged(torch.bfloat16, (8, 16), tail=0),
+        Ragged(torch.bfloat16, (13, 0, 2), tail=1),  # of 8 tokens: some chose the first expert twice
         Ragged(torch.bfloat16, (0, 0, 0), tail=8),
         Ragged(torch.bfloat16, (2, 2), tail=0, programs=40),
     ],
@@ -122,7 +123,7 @@ def test_counters_are_left_at_zero_for_the_next_launch():
 
 def planted_faults():
     for function in functions_of(hopper_decode._decode_hopper_kernel):
-        if function.__module__ == hopper_decode.__name__ or function.__name__ == "claimed_tile":
+        if function.__module__.startswith(hopper_decode.__name__) or function.__name__ == "claimed_tile":
             for fault in faults_in(function):
                 yield pytest.param(fault, id=str(fault))
 

@@ -40,14 +40,14 @@ CASES = [
 # The widths of models, with fewer experts: references are in float64, and tests run beside each other.
 REAL_CASES = [
     *(ExpertCase(f"Qwen3, {tokens} tokens", tokens, 2048, 768, 16, 8) for tokens in (1, 8, 32)),
-    ExpertCase("Qwen3, all tokens to the same", 100, 2048, 768, 16, 1, routing="one"),
+    *(ExpertCase(f"Qwen3, {n} tokens to the same", n, 2048, 768, 16, 1, routing="one") for n in (100, 300)),
     ExpertCase("Mixtral", 3, 4096, 14336, 2, 1),
     ExpertCase("gpt-oss", 5, 2880, 2880, 4, 2, bias=True),
 ]
 TILES = [
-    *(hopper_decode_config(num_rows, 128, 2048, 768) for num_rows in (8, 128, 512, 2048)),
-    hopper_decode_config(2, 8, 4096, 14336),
-    hopper_decode_config(16, 8, 4096, 14336),
+    *(hopper_decode_config(8 * tokens, tokens, 128, 2048, 768) for tokens in (1, 16, 64, 256, 384)),
+    hopper_decode_config(2, 1, 8, 4096, 14336),
+    hopper_decode_config(16, 8, 8, 4096, 14336),
     HopperDecodeConfig(rows=16, up_fold=4, down_fold=2, stages=2),
 ]
 
@@ -78,7 +78,7 @@ def check(case: ExpertCase, config: HopperDecodeConfig, dtype: torch.dtype, prog
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", [*CASES, *REAL_CASES], ids=lambda case: case.name)
 def test_tile_by_rule(case, dtype):
-    check(case, hopper_decode_config(rows_of(case), case.experts, case.input_dim, case.hidden_dim), dtype)
+    check(case, hopper_decode_config(rows_of(case), case.tokens, case.experts, case.input_dim, case.hidden_dim), dtype)
 
 
 @pytest.mark.parametrize("config", TILES, ids=str)
@@ -111,7 +111,7 @@ def compute(ops: TritonExpertOps, problem: ExpertProblem) -> torch.Tensor:
 def test_several_at_a_time_and_again_and_again(graphs):
     """Together they are more programs than SMs, so that some start when others have ended; counters must not mix."""
     ops = TritonExpertOps("cuda")
-    problems = [qwen(tokens, seed) for seed, tokens in enumerate((1, 4, 32, 100))]
+    problems = [qwen(tokens, seed) for seed, tokens in enumerate((1, 4, 32, 100, 192))]
     expected = [compute(ops, problem) for problem in problems]
     streams = [torch.cuda.Stream() for _ in problems]
     torch.cuda.synchronize()

@@ -1,0 +1,357 @@
+"""Of `hopper_decode.py`: what its items are, and the two warps that bring their weights and rows."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from moe_gpu.triton_kernels.hopper_common import claimed_tile, copy_load, tma_load
+
+# Newer releases of Triton call it otherwise.
+thread_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
+
+BOX_K = gl.constexpr(64)  # 128 bytes, the widest that TMA swizzles
+PANELS = gl.constexpr(4)  # boxes side by side in a stage; half as many in one of a tall tile
+HEIGHT = gl.constexpr(64)  # what wgmma multiplies: weight rows times folds
+
+
+@gluon.jit
+def _plus(a, b):
+    return a + b
+
+
+@gluon.jit
+def expert_bounds(offsets_ptr, E, BLOCK_E: gl.constexpr):
+    """Of each expert: its number, and where its rows begin and end."""
+    e = gl.arange(0, BLOCK_E, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    start = gl.load(offsets_ptr + e, mask=e < E, other=0)
+    return e, start, gl.load(offsets_ptr + e + 1, mask=e < E, other=0)
+
+
+@gluon.jit
+def _num_tiles(rows, ROWS: gl.constexpr, TALL: gl.constexpr):
+    """Of each expert: those of up to ROWS rows; if there are tall tiles, one of those at most, or tall ones."""
+    if TALL:
+        tiles = gl.where(rows > ROWS, gl.cdiv(rows, 2 * ROWS), gl.minimum(rows, 1))
+    else:
+        tiles = gl.cdiv(rows, ROWS)
+    return tiles
+
+
+@gluon.jit
+def count_items(
+    start,
+    end,
+    I,  # noqa: E741
+    O,  # noqa: E741
+    ROWS: gl.constexpr,
+    HALVES: gl.constexpr,
+    UP_FOLD: gl.constexpr,
+    DOWN_FOLD: gl.constexpr,
+    TALL: gl.constexpr,
+):
+    """Row tiles up to each expert's last one; items of a tile in the up and the down projection; all of up; of both."""
+    ends = gl.associative_scan(_num_tiles(end - start, ROWS, TALL), 0, _plus)
+    ups = gl.cdiv(I, HEIGHT // UP_FOLD // HALVES)
+    downs = gl.cdiv(O, HEIGHT // DOWN_FOLD)
+    num_tiles = gl.max(ends, 0)
+    return ends, ups, downs, num_tiles * ups, num_tiles * (ups + downs)
+
+
+@gluon.jit
+def place_of_item(e, start, end, ends, item, each, ROWS: gl.constexpr, TALL: gl.constexpr):
+    """Of an item: expert, row tile, number among the tile's `each` items, first row and end of the expert's, if tall.
+
+    Of an expert with several tiles the same weights come one after the other, so that they are read once.
+    """
+    tiles = _num_tiles(end - start, ROWS, TALL)
+    mine = (ends * each > item) & ((ends - tiles) * each <= item)
+    count = gl.max(gl.where(mine, tiles, 1), 0)
+    before = gl.max(gl.where(mine, ends - tiles, 0), 0)
+    within = item - before * each
+    first = gl.max(gl.where(mine, start, 0), 0)
+    last = gl.max(gl.where(mine, end, 0), 0)
+    expert = gl.max(gl.where(mine, e, 0), 0)
+    tall = last - first > ROWS
+    return (
+        expert,
+        before + within % count,
+        within // count,
+        first + within % count * (2 * ROWS if TALL else ROWS),
+        last,
+        tall,
+    )
+
+
+@gluon.jit
+def _publish(item, claims_ptr, total, queue, published, taken, turn):
+    """Tell the others what was claimed. Each program makes one claim past the last item; the last of those clears."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    gl.store(claims_ptr, 0, mask=item == total + gl.num_programs(0) - 1)
+    mbarrier.wait(taken.index(turn % 2), ((turn // 2) & 1) ^ 1)
+    queue.index(turn % 2).store(gl.full([1], item, gl.int32, layout=layout))
+    mbarrier.arrive(published.index(turn % 2), count=1)
+
+
+@gluon.jit
+def _bring_weights(
+    desc,
+    row,
+    N,
+    K,
+    tall,
+    w_ring,
+    full,
+    empty,
+    step,
+    STAGES: gl.constexpr,
+    HALVES: gl.constexpr,
+    FOLD: gl.constexpr,
+    TALL: gl.constexpr,
+):
+    """All of k of the weight rows from `row` on, and of those N after them if there are two halves."""
+    if not TALL:
+        step = _bring_panels(desc, row, N, K, w_ring, full, empty, step, STAGES, HALVES, FOLD, PANELS)
+    elif tall:
+        step = _bring_panels(desc, row, N, K, w_ring, full, empty, step, STAGES, HALVES, FOLD, PANELS // 2)
+    else:
+        step = _bring_panels(desc, row, N, K, w_ring, full, empty, step, STAGES, HALVES, FOLD, PANELS)
+    return step
+
+
+@gluon.jit
+def _bring_panels(
+    desc,
+    row,
+    N,
+    K,
+    w_ring,
+    full,
+    empty,
+    step,
+    STAGES: gl.constexpr,
+    HALVES: gl.constexpr,
+    FOLD: gl.constexpr,
+    COUNT: gl.constexpr,
+):
+    SHARE: gl.constexpr = HEIGHT // FOLD // HALVES
+    for depth in range(0, K, FOLD * COUNT * BOX_K):
+        stage = step % STAGES
+        bar = full.index(stage)
+        mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+        mbarrier.expect(bar, HEIGHT * COUNT * BOX_K * 2)
+        for half in gl.static_range(HALVES):
+            for box in gl.static_range(FOLD * COUNT):
+                place = w_ring.index(stage).slice(
+                    box % COUNT * HEIGHT + (box // COUNT * HALVES + half) * SHARE, SHARE, dim=0
+                )
+                tma_load(desc, [row + half * N, depth + box * BOX_K], bar, place)
+        step += 1
+    return step
+
+
+@gluon.jit
+def weights_producer(
+    up_desc,
+    down_desc,
+    offsets_ptr,
+    state_ptr,
+    w_ring,
+    full,
+    empty,
+    queue,
+    published,
+    taken,
+    E,
+    H,
+    I,  # noqa: E741
+    O,  # noqa: E741
+    HALVES: gl.constexpr,
+    BLOCK_E: gl.constexpr,
+    ROWS: gl.constexpr,
+    UP_FOLD: gl.constexpr,
+    DOWN_FOLD: gl.constexpr,
+    STAGES: gl.constexpr,
+    TALL: gl.constexpr,
+):
+    """Claims items and brings their weights."""
+    e, start, end = expert_bounds(offsets_ptr, E, BLOCK_E)
+    item = gl.atomic_add(state_ptr, 1, sem="relaxed")
+    ends, ups, downs, num_up, total = count_items(start, end, I, O, ROWS, HALVES, UP_FOLD, DOWN_FOLD, TALL)
+    _publish(item, state_ptr, total, queue, published, taken, 0)
+    step = 0
+    turn = 1
+    while item < total:
+        if item < num_up:
+            expert, _, number, _, _, tall = place_of_item(e, start, end, ends, item, ups, ROWS, TALL)
+            row = expert * (HALVES * I) + number * (HEIGHT // UP_FOLD // HALVES)
+            step = _bring_weights(up_desc, row, I, H, tall, w_ring, full, empty, step, STAGES, HALVES, UP_FOLD, TALL)
+        else:
+            expert, _, number, _, _, tall = place_of_item(e, start, end, ends, item - num_up, downs, ROWS, TALL)
+            row = expert * O + number * (HEIGHT // DOWN_FOLD)
+            step = _bring_weights(down_desc, row, O, I, tall, w_ring, full, empty, step, STAGES, 1, DOWN_FOLD, TALL)
+        item = gl.atomic_add(state_ptr, 1, sem="relaxed")
+        _publish(item, state_ptr, total, queue, published, taken, turn)
+        turn += 1
+
+
+@gluon.jit
+def _row_offsets(route_ptr, row, last, stride, TOP_K: gl.constexpr):
+    """Where rows begin, as a column: of the routes' tokens, or of the rows themselves if TOP_K is 0."""
+    if TOP_K == 0:
+        source = row
+    else:
+        source = gl.load(route_ptr + row, mask=row < last, other=0) // TOP_K
+    return gl.expand_dims(source.to(gl.int64) * stride, 1)
+
+
+@gluon.jit
+def _bring_rows(
+    rows_ptr,
+    route_ptr,
+    first,
+    last,
+    tall,
+    stride,
+    K,
+    x_ring,
+    full,
+    empty,
+    step,
+    TOP_K: gl.constexpr,
+    ROWS: gl.constexpr,
+    FOLD: gl.constexpr,
+    STAGES: gl.constexpr,
+    TALL: gl.constexpr,
+):
+    """All of k of the rows from `first` on."""
+    if not TALL:
+        step = _bring_tile(
+            rows_ptr, route_ptr, first, last, stride, K, x_ring, full, empty, step, TOP_K, ROWS, FOLD, STAGES, PANELS
+        )
+    elif tall:
+        step = _bring_tile(
+            rows_ptr, route_ptr, first, last, stride, K, x_ring, full, empty, step,
+            TOP_K, 2 * ROWS, FOLD, STAGES, PANELS // 2,
+        )  # fmt: skip
+    else:
+        step = _bring_tile(
+            rows_ptr, route_ptr, first, last, stride, K, x_ring, full, empty, step, TOP_K, ROWS, FOLD, STAGES, PANELS
+        )
+    return step
+
+
+@gluon.jit
+def _bring_tile(
+    rows_ptr,
+    route_ptr,
+    first,
+    last,
+    stride,
+    K,
+    x_ring,
+    full,
+    empty,
+    step,
+    TOP_K: gl.constexpr,
+    ROWS: gl.constexpr,
+    FOLD: gl.constexpr,
+    STAGES: gl.constexpr,
+    COUNT: gl.constexpr,
+):
+    """Zeros past the end of k. Of rows past `last` nobody looks at the sums: parts of the tile without any stay."""
+    COLUMNS: gl.constexpr = x_ring.shape[1] // COUNT
+    EACH: gl.constexpr = min(ROWS, max(16, ROWS // 4))
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
+    row = first + gl.arange(0, EACH, layout=gl.SliceLayout(1, layout))
+    k = gl.expand_dims(gl.arange(0, BOX_K, layout=gl.SliceLayout(0, layout)), 0)
+    source0 = _row_offsets(route_ptr, row, last, stride, TOP_K)
+    if ROWS > EACH:
+        source1 = _row_offsets(route_ptr, row + EACH, last, stride, TOP_K)
+    if ROWS > 2 * EACH:
+        source2 = _row_offsets(route_ptr, row + 2 * EACH, last, stride, TOP_K)
+        source3 = _row_offsets(route_ptr, row + 3 * EACH, last, stride, TOP_K)
+    for depth in range(0, K, FOLD * COUNT * BOX_K):
+        stage = step % STAGES
+        mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+        for part in gl.static_range(ROWS // EACH):
+            if first + part * EACH < last:
+                live = gl.expand_dims(row + part * EACH < last, 1)
+                if part == 0:
+                    source = source0
+                elif part == 1:
+                    source = source1
+                elif part == 2:
+                    source = source2
+                else:
+                    source = source3
+                for box in gl.static_range(FOLD * COUNT):
+                    place = x_ring.index(stage).slice(
+                        box % COUNT * COLUMNS + box // COUNT * ROWS + part * EACH, EACH, dim=0
+                    )
+                    at = depth + box * BOX_K
+                    copy_load(place, rows_ptr + at + (source + k), mask=live & (k < K - at))
+        async_copy.mbarrier_arrive(full.index(stage), increment_count=False)  # each thread's, once its copies landed
+        step += 1
+    return step
+
+
+@gluon.jit
+def rows_producer(
+    x_ptr,
+    a_ptr,
+    route_ptr,
+    offsets_ptr,
+    state_ptr,
+    x_ring,
+    full,
+    empty,
+    queue,
+    published,
+    taken,
+    E,
+    H,
+    I,  # noqa: E741
+    O,  # noqa: E741
+    x_stride,
+    TOP_K: gl.constexpr,
+    HALVES: gl.constexpr,
+    BLOCK_E: gl.constexpr,
+    ROWS: gl.constexpr,
+    UP_FOLD: gl.constexpr,
+    DOWN_FOLD: gl.constexpr,
+    STAGES: gl.constexpr,
+    TALL: gl.constexpr,
+):
+    """Brings the rows of every claimed item: tokens', or the intermediate's once it is complete."""
+    e, start, end = expert_bounds(offsets_ptr, E, BLOCK_E)
+    ends, ups, downs, num_up, total = count_items(start, end, I, O, ROWS, HALVES, UP_FOLD, DOWN_FOLD, TALL)
+    step = 0
+    turn = 1
+    item = claimed_tile(queue, published, taken, 0)
+    while item < total:
+        up = item < num_up
+        each = ups if up else downs
+        _, tile, _, first, last, tall = place_of_item(
+            e, start, end, ends, item if up else item - num_up, each, ROWS, TALL
+        )
+        if up:
+            step = _bring_rows(
+                x_ptr, route_ptr, first, last, tall, x_stride, H, x_ring, full, empty, step,
+                TOP_K, ROWS, UP_FOLD, STAGES, TALL,
+            )  # fmt: skip
+        else:
+            done_ptr = state_ptr + 1 + tile
+            while gl.load(done_ptr, volatile=True) < ups:
+                pass
+            thread_barrier()  # each warp has looked, before whoever is last clears it
+            done = gl.atomic_add(done_ptr, 1, sem="acquire")
+            gl.store(done_ptr, 0, mask=done == ups + downs - 1)  # nobody else will look
+            step = _bring_rows(
+                a_ptr, route_ptr, first, last, tall, I, I, x_ring, full, empty, step,
+                0, ROWS, DOWN_FOLD, STAGES, TALL,
+            )  # fmt: skip
+        item = claimed_tile(queue, published, taken, turn)
+        turn += 1
