@@ -123,6 +123,12 @@ def _finish(
 
 @gluon.jit
 def _compute(
+    item,
+    each,
+    e,
+    start,
+    end,
+    ends,
     w_ring,
     x_ring,
     sums,
@@ -131,11 +137,6 @@ def _compute(
     step,
     out_ptr,
     bias_ptr,
-    expert,
-    column,
-    first,
-    last,
-    tall,
     N,
     K,
     FUNCTION: gl.constexpr,
@@ -146,17 +147,26 @@ def _compute(
     STAGES: gl.constexpr,
     TALL: gl.constexpr,
 ):
-    """An item from its stages to its rows of the output."""
-    if not TALL:
-        step = _sums(w_ring, x_ring, sums, full, empty, step, K, FOLD, STAGES, PANELS)
-        _finish(sums, out_ptr, bias_ptr, expert, column, first, last, N, FUNCTION, HALVES, HAS_BIAS, ROWS, FOLD)
-    elif tall:
-        step = _sums(w_ring, x_ring, sums, full, empty, step, K, FOLD, STAGES, PANELS // 2)
-        _finish(sums, out_ptr, bias_ptr, expert, column, first, last, N, FUNCTION, HALVES, HAS_BIAS, 2 * ROWS, FOLD)
+    """An item of a projection from its stages to its rows of the output. Steps so far, and its row tile."""
+    SHARE: gl.constexpr = HEIGHT // FOLD // HALVES
+    if TALL:
+        expert, tile, number, first, last, tall = place_of_item(e, start, end, ends, item, each, ROWS, TALL)
+        column = number * SHARE
+        if tall:
+            step = _sums(w_ring, x_ring, sums, full, empty, step, K, FOLD, STAGES, PANELS // 2)
+            _finish(
+                sums, out_ptr, bias_ptr, expert, column, first, last, N, FUNCTION, HALVES, HAS_BIAS, 2 * ROWS, FOLD
+            )  # fmt: skip
+        else:
+            step = _sums(w_ring, x_ring, sums, full, empty, step, K, FOLD, STAGES, PANELS)
+            _finish(sums, out_ptr, bias_ptr, expert, column, first, last, N, FUNCTION, HALVES, HAS_BIAS, ROWS, FOLD)
     else:
         step = _sums(w_ring, x_ring, sums, full, empty, step, K, FOLD, STAGES, PANELS)
+        # Only now, when all of the ring is free to be filled again.
+        expert, tile, number, first, last, _ = place_of_item(e, start, end, ends, item, each, ROWS, TALL)
+        column = number * SHARE
         _finish(sums, out_ptr, bias_ptr, expert, column, first, last, N, FUNCTION, HALVES, HAS_BIAS, ROWS, FOLD)
-    return step
+    return step, tile
 
 
 @gluon.jit
@@ -198,20 +208,16 @@ def _consumer(
     item = claimed_tile(queue, published, taken, 0)
     while item < total:
         if item < num_up:
-            expert, tile, number, first, last, tall = place_of_item(e, start, end, ends, item, ups, ROWS, TALL)
-            column = number * (HEIGHT // UP_FOLD // HALVES)
-            step = _compute(
-                w_ring, x_ring, sums, full, empty, step, a_ptr, up_bias_ptr, expert, column, first, last, tall, I, H,
+            step, tile = _compute(
+                item, ups, e, start, end, ends, w_ring, x_ring, sums, full, empty, step, a_ptr, up_bias_ptr, I, H,
                 FUNCTION, HALVES, UP_BIAS, ROWS, UP_FOLD, STAGES, TALL,
             )  # fmt: skip
             thread_barrier()  # all of the warpgroup's stores come before the count
             gl.atomic_add(state_ptr + 1 + tile, 1, sem="release")
         else:
-            expert, _, number, first, last, tall = place_of_item(e, start, end, ends, item - num_up, downs, ROWS, TALL)
-            column = number * (HEIGHT // DOWN_FOLD)
-            step = _compute(
-                w_ring, x_ring, sums, full, empty, step, y_ptr, down_bias_ptr, expert, column, first, last, tall, O, I,
-                "none", 1, DOWN_BIAS, ROWS, DOWN_FOLD, STAGES, TALL,
+            step, _ = _compute(
+                item - num_up, downs, e, start, end, ends, w_ring, x_ring, sums, full, empty, step, y_ptr,
+                down_bias_ptr, O, I, "none", 1, DOWN_BIAS, ROWS, DOWN_FOLD, STAGES, TALL,
             )  # fmt: skip
         item = claimed_tile(queue, published, taken, turn)
         turn += 1

@@ -148,8 +148,8 @@ TALL_SPILLS = {"up-swiglu, weights by column": 4, "up-swiglu, saved H": 4, "up-g
 
 # Of the tuner's candidates, one of each kind that differs from the rules' by more than numbers.
 OFFERED = {
-    "up": [HopperConfig(3, rows=192, claimed=True), HopperConfig(4, claimed=True)],
-    "down": [HopperConfig(3, width=128, slots=1, rows=192, claimed=True)],
+    "up": [HopperConfig(3, rows=192, claimed=True), tuning._CLAIMED],
+    "down": [HopperConfig(3, width=128, slots=1, rows=192, claimed=True), tuning._CLAIMED],
     "grad_x": [HopperConfig(3, width=128, slots=1, rows=192, claimed=True)],
 }
 # What is launched with them beside the first of each kind. Of the activations, the one that is rated and the one that
