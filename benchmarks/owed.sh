@@ -3,10 +3,10 @@
 #
 # tests      every GPU test, eight at a time with pytest-xdist (3.5 minutes on 16 cores); first: nothing is timed on red tests
 # alone      the GPU tests that look at the whole GPU's energy, memory and SMs, with nothing beside them
-# tiles      tiles of DeepSeek-V3 and Mixtral where no table has any, few rows of all three; then decode by what was found
-# experts    training shapes beside SonicMoE, if installed (it compiles for minutes), and bmm
+# few        whether few rows go by one launch, and by which tile, tuned into a table in FOLDER
+# skew       skewed routing of up to 4096 tokens beside its peers, if they are on the path
+# memory     training shapes and peak memory beside SonicMoE, if installed (it compiles for minutes), and bmm
 # models     decoding steps of a transformers model
-# layer      the whole layer beside its peers, eager launches among them
 # training   what recomputation saves; BPE beside bytes
 set -euo pipefail
 [ $# -eq 2 ] || { sed -n 's/^# \{0,1\}//p' "$0" | sed 1d; exit 2; }
@@ -22,15 +22,10 @@ tests)
     $python -m pytest -q $beside tests/gpu ${alone//tests/--ignore=tests} 2>&1 | tee "$folder/tests.log"
     ;;
 alone) $python -m pytest -q $alone 2>&1 | tee "$folder/alone.log" ;;
-tiles)
-    $python -m moe_gpu tune --preset deepseek-v3 --tokens 4096,8192,16384 --kind up,down --output "$folder/h200_tiles.jsonl"
-    $python -m moe_gpu tune --preset mixtral-8x7b --tokens 2048,4096 --kind up,down --output "$folder/h200_tiles_mixtral.jsonl"
-    $python -m moe_gpu tune --preset qwen3-30b-a3b,mixtral-8x7b,deepseek-v3 --kind decode --output "$folder/h200_few.jsonl"
-    $python benchmarks/run_hopper.py "$folder/h200_decode.jsonl" --table decode
-    ;;
-experts) $python benchmarks/run_hopper.py "$folder/h200_experts.jsonl" --table training ;;
+few) $python -m moe_gpu tune --preset qwen3-30b-a3b,mixtral-8x7b,deepseek-v3 --kind decode --output "$folder/h200_few.jsonl" ;;
+skew) $python benchmarks/run_hopper.py "$folder/h200_skew.jsonl" --table skew ;;
+memory) $python benchmarks/run_hopper.py "$folder/h200_experts.jsonl" --table training ;;
 models) $python benchmarks/run_huggingface.py "$folder/h200_models.jsonl" --section decode --section "decode, compiled" ;;
-layer) $python benchmarks/run_h200.py "$folder/h200_layer.jsonl" ;;
 training) $python benchmarks/run_training.py "$folder/h200_training.jsonl" --section memory --section bpe ;;
 *) echo "owed.sh: error: no step '$2'; see the head of this file" >&2; exit 2 ;;
 esac

@@ -64,10 +64,14 @@ DECODE = [
     (MIXTRAL, PRESETS[MIXTRAL], (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096)),
     (DEEPSEEK, PRESETS[DEEPSEEK], (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096)),
 ]
-PEER_SIZES = (1, 8, 64, 256, 1024, 4096)  # each size may cost a peer a compilation
+PEER_SIZES = (1, 8, 64, 256, 512, 1024, 4096)  # each size may cost a peer a compilation
 ROUTINGS = ("uniform", "zipf-1.2")
 SKEWS = ("zipf-0.6", "zipf-1.2", "one-expert")
-SKEW_GRAPH_SIZES, SKEW_EAGER_SIZES, SKEW_SAMPLES = (256, 1024, 4096), (8192, 16384), 60
+SKEW = [
+    (QWEN, PRESETS[QWEN], [(tokens, routing) for tokens in (256, 512, 1024, 4096) for routing in SKEWS]),
+    (DEEPSEEK, PRESETS[DEEPSEEK], [*((tokens, "zipf-1.2") for tokens in (512, 1024, 4096)), (4096, "uniform")]),
+]
+SKEW_EAGER_SIZES, SKEW_SAMPLES = (8192, 16384), 60
 FP8_SIZES = (1, 8, 64, 256, 1024, 4096)
 REPEATS = 100
 PRECISION = ((1, "forward"), (64, "forward"), (1024, "forward"), (16384, "forward"), (1024, "forward+backward"))
@@ -275,19 +279,24 @@ class GraphBench:
 
 
 def decode(recorder: Recorder, ops: TritonExpertOps) -> None:
-    for model, config, sizes in DECODE:
-        bench = GraphBench(recorder, ops, model, config)
-        for num_tokens in sizes:
-            bench.record(num_tokens, "uniform")
-        del bench  # before the next model's weights are drawn
-        torch.cuda.empty_cache()
+    in_graphs(
+        recorder, ops, [(name, config, [(tokens, "uniform") for tokens in sizes]) for name, config, sizes in DECODE]
+    )
 
 
 def skew(recorder: Recorder, ops: TritonExpertOps) -> None:
-    bench = GraphBench(recorder, ops, QWEN, PRESETS[QWEN])
-    for num_tokens in SKEW_GRAPH_SIZES:
-        for routing in SKEWS:
+    in_graphs(recorder, ops, SKEW)
+
+
+def in_graphs(
+    recorder: Recorder, ops: TritonExpertOps, table: Sequence[tuple[str, MoEConfig, Sequence[tuple[int, str]]]]
+) -> None:
+    for model, config, problems in table:
+        bench = GraphBench(recorder, ops, model, config)
+        for num_tokens, routing in problems:
             bench.record(num_tokens, routing)
+        del bench  # before the next model's weights are drawn
+        torch.cuda.empty_cache()
 
 
 def large_skew(recorder: Recorder, ops: TritonExpertOps) -> None:

@@ -176,7 +176,7 @@ def test_vllm_is_given_the_problem_as_its_experts_take_it(scripts, problem, monk
 def test_decode_and_skew_record_every_provider_of_every_problem(scripts, recorder, monkeypatch, capsys):
     run, ops = scripts.run, TritonExpertOps("cpu")
     monkeypatch.setattr(run, "DECODE", [(run.QWEN, CONFIG, (1, 2, 8)), (run.DEEPSEEK, CONFIG, (8,))])
-    monkeypatch.setattr(run, "SKEW_GRAPH_SIZES", (256,))
+    monkeypatch.setattr(run, "SKEW", [(run.QWEN, CONFIG, [(256, routing) for routing in run.SKEWS])])
     monkeypatch.setattr(run, "SKEW_EAGER_SIZES", (300,))
 
     def broken(p, weights):
