@@ -186,4 +186,23 @@ def check_public_row_operators(device: str) -> None:
             check_close(f"{name} {dtype}", got.detach(), same.detach(), truth.detach(), dtype)
 
 
+def check_kept_rows_go_with_their_graph(device: str) -> None:
+    """The rows of up, which autograd holds, are gone within a backward pass unless another may follow."""
+    ops = TritonExpertOps(device)
+    for depth in (1, 2):
+        case = ExpertCase("kept rows", 9, 32, 24, 4, 2, activation="gelu", depth=depth, bias=True)
+        problem = make_problem(case, torch.float32, device)
+        x, routing_weights, weights, leaves = problem.leaves(torch.float32)
+        out = ops.experts(x, ops.sort_routes(problem.ids_TK, routing_weights, case.experts), weights, case.activation)
+        kept = [tensor.untyped_storage() for tensor in out.grad_fn.saved_tensors[-2:][:depth]]
+        assert all(storage.nbytes() for storage in kept)
+        first = torch.autograd.grad(out, leaves, problem.grad_TO, retain_graph=True)
+        assert all(storage.nbytes() for storage in kept)
+        with torch.autograd.profiler.profile():
+            heard = torch.autograd.grad(out, leaves, problem.grad_TO, retain_graph=True)
+        last = torch.autograd.grad(out, leaves, problem.grad_TO)
+        assert not any(storage.nbytes() for storage in kept)
+        assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(first, heard, last, strict=True))
+
+
 __all__ = ["ROUTERS", "ROUTE_SHAPES"]

@@ -22,7 +22,7 @@ from moe_gpu.triton_kernels.decode import (
     hopper_decode_unfit,
     rows_dtype,
 )
-from moe_gpu.triton_kernels.dispatch import IMPLEMENTATIONS, NAMESPACE, autograd_kernel, call
+from moe_gpu.triton_kernels.dispatch import IMPLEMENTATIONS, NAMESPACE, autograd_kernel, call, is_heard
 from moe_gpu.triton_kernels.expert_mlp import expert_mlp_forward
 from moe_gpu.triton_kernels.fp8 import dequantise, step_depth
 from moe_gpu.triton_kernels.gather_scatter import (
@@ -57,7 +57,7 @@ _SCHEMAS = {
     "experts": f"(Tensor x, Tensor weights, Tensor ids, {_ROUTES}, {_WEIGHTS}, bool save, bool fused)"
     " -> (Tensor, Tensor, Tensor)",
     "experts_backward": f"(Tensor grad_out, Tensor x, Tensor weights, Tensor ids, {_ROUTES}, {_WEIGHTS}, Tensor h,"
-    " Tensor h2, bool need_x, bool need_weights) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " Tensor h2, bool need_x, bool need_weights, bool drop_h) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "experts_quantised": f"(Tensor x, Tensor weights, Tensor ids, {_ROUTES}, Tensor up, Tensor down, Tensor up_scales,"
     " Tensor down_scales, Tensor? up_bias, Tensor? down_bias, str activation, int? sm_budget) -> Tensor",
     "grouped_gemm_quantised": "(Tensor a, Tensor w, Tensor scales, Tensor? bias, Tensor offsets, int? sm_budget)"
@@ -257,7 +257,7 @@ def _experts_fake(*arguments):
 
 
 def _experts_backward(grad_out, *arguments):
-    o, (h, h2, need_x, need_weights) = _Operands.split(arguments)
+    o, (h, h2, need_x, need_weights, drop_h) = _Operands.split(arguments)
     grad_out = grad_out.contiguous()
     # Kernels that go by route address these flat.
     o = o._replace(x=row_contiguous(o.x), weights=o.weights.contiguous(), ids=o.ids.contiguous())
@@ -272,6 +272,9 @@ def _experts_backward(grad_out, *arguments):
     grad_h, act = grad_last, None
     if o.mid is not None:
         grad_h, act, _ = products.grad_act(grad_last, o.mid.transpose(1, 2), h, o.activation)
+    if drop_h:  # autograd holds them to the end of this call, while the gradients of the weights take their memory
+        for kept in (h, h2):
+            kept.untyped_storage().resize_(0)
     grad_x = None
     if need_x:  # first: its rows are gone again before the gradients of the weights take memory
         grad_rows, _ = products.forward("grad_x", grad_h, o.up.transpose(1, 2))
@@ -298,7 +301,7 @@ def _experts_backward(grad_out, *arguments):
 
 
 def _experts_backward_fake(grad_out, *arguments):
-    o, (_h, _h2, need_x, need_weights) = _Operands.split(arguments)
+    o, (_h, _h2, need_x, need_weights, _drop_h) = _Operands.split(arguments)
 
     def like(tensor):
         return torch.empty_like(tensor) if need_weights and tensor is not None else o.absent()
@@ -400,13 +403,20 @@ def _grad_route(ctx, grad_weights, *_integers):
 
 def _save_experts(ctx, inputs, output):
     *tensors, activation, sm_budget, save, _fused = inputs
-    _, h, h2 = output
+    out, h, h2 = output
     ctx.set_materialize_grads(False)
     if not save:
         raise RuntimeError("moe_gpu::experts was called with save=False, which keeps nothing for a gradient")
-    ctx.mark_non_differentiable(h, h2)
     ctx.save_for_backward(*tensors, h, h2)
     ctx.activation, ctx.sm_budget = activation, sm_budget
+    # Autograd alone holds h and h2, whose memory a backward pass may then give back.
+    instead = out.new_empty(0), out.new_empty(0)
+    ctx.mark_non_differentiable(*instead)
+    return out, *instead
+
+
+# Whether the backward pass under way keeps its graph for another; taken for granted where PyTorch does not say.
+_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
 def _grad_experts(ctx, grad_out, _h, _h2):
@@ -415,8 +425,9 @@ def _grad_experts(ctx, grad_out, _h, _h2):
     *tensors, h, h2 = ctx.saved_tensors
     need = ctx.needs_input_grad
     need_weights = any(need[6:12])
-    rest = (ctx.activation, ctx.sm_budget, h, h2, need[0], need_weights)
-    grads = call("experts_backward", grad_out, *tensors, *rest)
+    arguments = (grad_out, *tensors, ctx.activation, ctx.sm_budget, h, h2, need[0], need_weights)
+    drop_h = not _keeps_graph() and not is_heard(arguments)  # where nobody comes back for them
+    grads = call("experts_backward", *arguments, drop_h)
     grad_x, grad_weights, *grad_parameters = grads
     parameters = tensors[6:12]
     wanted = [grad if need[6 + i] and parameters[i] is not None else None for i, grad in enumerate(grad_parameters)]

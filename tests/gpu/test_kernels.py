@@ -63,6 +63,10 @@ def test_row_operators():
     cases.check_public_row_operators("cuda")
 
 
+def test_kept_rows_go_with_their_graph():
+    cases.check_kept_rows_go_with_their_graph("cuda")
+
+
 def test_opcheck():
     cases.run_opcheck("cuda")
 

@@ -31,6 +31,10 @@ def test_row_operators():
     cases.check_public_row_operators("cpu")
 
 
+def test_kept_rows_go_with_their_graph():
+    cases.check_kept_rows_go_with_their_graph("cpu")
+
+
 def test_opcheck():
     cases.run_opcheck("cpu")
 
