@@ -164,7 +164,7 @@ def by_rule(kind: str) -> list[HopperConfig]:
 
 
 def in_tables(kind: str) -> list[HopperConfig]:
-    """What else the package's tables hold. Order and stages of tiles are no more than numbers: one of each store serves.
+    """What else the package's tables hold: of each store one, since order and stages of tiles are no more than numbers.
 
     That with the most stages, which takes the most memory, and claimed if any is, which takes the most registers.
     """
