@@ -57,7 +57,8 @@ _SCHEMAS = {
     "experts": f"(Tensor x, Tensor weights, Tensor ids, {_ROUTES}, {_WEIGHTS}, bool save, bool fused)"
     " -> (Tensor, Tensor, Tensor)",
     "experts_backward": f"(Tensor grad_out, Tensor x, Tensor weights, Tensor ids, {_ROUTES}, {_WEIGHTS}, Tensor h,"
-    " Tensor h2, bool need_x, bool need_weights, bool drop_h) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " Tensor h2, bool need_x, bool need_weights, bool drop_h)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "experts_quantised": f"(Tensor x, Tensor weights, Tensor ids, {_ROUTES}, Tensor up, Tensor down, Tensor up_scales,"
     " Tensor down_scales, Tensor? up_bias, Tensor? down_bias, str activation, int? sm_budget) -> Tensor",
     "grouped_gemm_quantised": "(Tensor a, Tensor w, Tensor scales, Tensor? bias, Tensor offsets, int? sm_budget)"

@@ -93,6 +93,23 @@ def test_any_number_of_programs(programs):
         check(case, TILES[1], torch.bfloat16, programs)
 
 
+def test_thousands_of_launches_by_two_warps_that_wait_for_one_count():
+    """What a warp has counted must not let the last program clear the count before the other has looked: it hung."""
+    from moe_gpu.triton_kernels.hopper_decode import decode_forward_hopper
+
+    problem = make_problem(ExpertCase("Qwen3", 1, 2048, 768, 32, 8), torch.bfloat16, "cuda")
+    _, offsets, row_route, _ = reference.sort_routes_reference(problem.ids_TK, 32, None)
+    w, config = problem.weights, hopper_decode_config(8 * 256, 256, 128, 2048, 768)
+    assert config.rows > 16
+    outs = [
+        decode_forward_hopper(
+            problem.x_TH, row_route, offsets, 8, w.up_EGH, w.down_EOI, problem.case.activation, config, 132
+        )
+        for _ in range(3000)
+    ]
+    assert all(torch.equal(out, outs[0]) for out in outs)
+
+
 def test_more_row_tiles_than_counters_are_kept_for():
     check(ExpertCase("512 experts, many rows", 1200, 64, 64, 512, 8), HopperDecodeConfig(8, 1, 1, 5), torch.bfloat16)
 
