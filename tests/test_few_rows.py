@@ -20,7 +20,7 @@ from moe_gpu.triton_kernels.tuning import (
     cdiv,
     hopper_decode_config,
 )
-from tests.tuning_cases import CELL, GLUON, GPU, H200, empty_cache, table_of  # noqa: F401 fixtures
+from tests.tuning_cases import CELL, GLUON, GPU, H200, empty_table, table_of  # noqa: F401 fixtures
 
 DECODE_CELL = Cell("decode", 16, 4, 768, 2048, 132)
 LAUNCH = HopperDecodeConfig(16, 2, 1, 4)
@@ -31,10 +31,10 @@ def choose_few(tokens=64, **changed):
     return choose_decode(**{"dtype": torch.bfloat16, **sizes, "device_name": H200, "sms": 132, **changed})
 
 
-def test_a_table_says_whether_few_rows_go_by_one_launch_and_by_which_tile(cache):
-    tile_table.write_table(cache, table_of(Entry(DECODE_CELL, ((LAUNCH, 0.25), (TwoProducts(), 0.5)))))
+def test_a_table_says_whether_few_rows_go_by_one_launch_and_by_which_tile(table_file):
+    tile_table.write_table(table_file, table_of(Entry(DECODE_CELL, ((LAUNCH, 0.25), (TwoProducts(), 0.5)))))
     assert (choose_few().tile, choose_few().time_ms) == (LAUNCH, 0.25)
-    assert str(cache) in choose_few().reason
+    assert str(table_file) in choose_few().reason
     for other in ({"tokens": 65}, {"hidden_dim": 8 * 768}, {"device_name": None}):
         choice = choose_few(**other)
         assert choice.reason.startswith("heuristic")
@@ -42,18 +42,20 @@ def test_a_table_says_whether_few_rows_go_by_one_launch_and_by_which_tile(cache)
         assert choice.tile == hopper_decode_config(8 * tokens, tokens, 128, 2048, hidden)
 
 
-def test_two_products_serve_where_they_were_faster_and_beyond_the_rules_bounds(cache):
+def test_two_products_serve_where_they_were_faster_and_beyond_the_rules_bounds(table_file):
     for tokens, rows in HOPPER_DECODE_MOST_ROWS.items():
         assert choose_few(tokens=tokens, num_rows=128 * rows).tile is not None
         assert choose_few(tokens=tokens, num_rows=128 * rows + 1).tile is None
         assert choose_few(tokens=tokens + 1, num_rows=128 * rows).tile is None
-    tile_table.write_table(cache, table_of(Entry(DECODE_CELL, ((TwoProducts(), 0.25), (LAUNCH, 0.5)))))
+    tile_table.write_table(table_file, table_of(Entry(DECODE_CELL, ((TwoProducts(), 0.25), (LAUNCH, 0.5)))))
     tile_table.forget_tables()
     assert choose_few().tile is None
 
 
-def test_below_a_row_for_each_second_expert_the_rule_serves_few_rows(cache):
-    tile_table.write_table(cache, table_of(Entry(replace(DECODE_CELL, rows_per_expert=1), ((TwoProducts(), 0.25),))))
+def test_below_a_row_for_each_second_expert_the_rule_serves_few_rows(table_file):
+    tile_table.write_table(
+        table_file, table_of(Entry(replace(DECODE_CELL, rows_per_expert=1), ((TwoProducts(), 0.25),)))
+    )
     assert choose_few(tokens=9).tile is None
     assert choose_few(tokens=8).tile == hopper_decode_config(64, 8, 128, 2048, 768)
 
@@ -68,8 +70,8 @@ def test_below_a_row_for_each_second_expert_the_rule_serves_few_rows(cache):
     ],
     ids=("a product's tile", "of a product", "24 rows", "three folds"),
 )
-def test_a_damaged_entry_of_few_rows_is_a_warning(entry, cache, caplog):
-    tile_table.write_table(cache, table_of(entry))
+def test_a_damaged_entry_of_few_rows_is_a_warning(entry, table_file, caplog):
+    tile_table.write_table(table_file, table_of(entry))
     assert choose_few().reason.startswith("heuristic")
     assert "damaged" in caplog.text
 
@@ -92,7 +94,7 @@ def test_few_rows_are_planned_and_tried_with_all_that_fits():
                 assert tile.stages * 512 * (64 + columns) + 512 * columns + 1024 <= HOPPER_SHARED_BYTES
 
 
-def test_inference_with_few_rows_is_explained_as_the_decode_path(cache):
+def test_inference_with_few_rows_is_explained_as_the_decode_path(table_file):
     config = PRESETS["qwen3-30b-a3b"]
     steps = explain_layer(GPU, config, 16, torch.bfloat16)
     assert [step.step for step in steps][:6] == ["route", "up (inference)", "down (inference)", "up", "down", "combine"]
@@ -108,7 +110,7 @@ def test_inference_with_few_rows_is_explained_as_the_decode_path(cache):
         assert not any("decode" in step.path for step in steps)
 
 
-def test_what_gluon_does_not_decode_plain_triton_does(cache):
+def test_what_gluon_does_not_decode_plain_triton_does(table_file):
     newer, odd = replace(GPU, capability=(10, 0)), MoEConfig(2044, 2044, 768, 128, 8)
     for gpu, config in ((newer, PRESETS["qwen3-30b-a3b"]), (GPU, odd)):
         assert explain_layer(gpu, config, 16, torch.bfloat16)[1].path == "decode"

@@ -28,7 +28,7 @@ from moe_gpu.triton_kernels.tuning import (
     operand_bytes,
     tile_beside_bias,
 )
-from tests.tuning_cases import CELL, GLUON, GPU, H200, MACHINE, OTHER, PLAIN, empty_cache, table_of  # noqa: F401 fixtures
+from tests.tuning_cases import CELL, GLUON, GPU, H200, MACHINE, OTHER, PLAIN, empty_table, table_of  # noqa: F401 fixtures
 
 
 def choose(rows=256 * 128, shape=(1536, 2048), sms=132, hopper=True, dtype=torch.bfloat16, kind="up", name=H200):
@@ -39,30 +39,30 @@ def by_rule(rows=256 * 128, hopper=True, dtype=torch.bfloat16):
     return gemm_config("up", dtype, rows, 128, HOPPER_SHARED_BYTES, hopper)
 
 
-def test_a_written_table_reads_back_and_its_folder_is_named_by_the_variable(cache, tmp_path):
+def test_a_written_table_reads_back_and_its_folder_is_named_by_the_variable(table_file, tmp_path):
     table = table_of(Entry(CELL, ((GLUON, 0.25), (PLAIN, 0.5))))
-    tile_table.write_table(cache, table)
-    assert cache == tmp_path / "cache" / "tiles" / "h200.json"
-    assert tile_table.read_table(cache, H200) == table
-    assert list(cache.parent.iterdir()) == [cache]
+    tile_table.write_table(table_file, table)
+    assert table_file == tmp_path / "cache" / "tiles" / "h200.json"
+    assert tile_table.read_table(table_file, H200) == table
+    assert list(table_file.parent.iterdir()) == [table_file]
 
 
-def test_the_entry_of_a_cell_serves_and_the_other_path_where_gluon_cannot(cache):
-    tile_table.write_table(cache, table_of(Entry(CELL, ((GLUON, 0.25), (PLAIN, 0.5)))))
+def test_the_entry_of_a_cell_serves_and_the_other_path_where_gluon_cannot(table_file):
+    tile_table.write_table(table_file, table_of(Entry(CELL, ((GLUON, 0.25), (PLAIN, 0.5)))))
     assert choose().tile == GLUON
     assert choose().time_ms == 0.25
-    assert str(cache) in choose().reason
+    assert str(table_file) in choose().reason
     assert "up to 256 rows an expert" in choose().reason
     assert choose(hopper=False).tile == PLAIN
     assert choose(rows=200 * 128).tile == GLUON, "the bucket of 129 to 256 rows"
 
 
-def test_below_the_hosts_bound_no_table_brings_gluon(cache):
+def test_below_the_hosts_bound_no_table_brings_gluon(table_file):
     at, few = replace(CELL, rows_per_expert=16), 15 * 128
-    tile_table.write_table(cache, table_of(Entry(at, ((GLUON, 0.25), (PLAIN, 0.26)))))
+    tile_table.write_table(table_file, table_of(Entry(at, ((GLUON, 0.25), (PLAIN, 0.26)))))
     assert choose(rows=16 * 128).tile == GLUON
     assert choose(rows=few).tile == by_rule(few), "the plain tile beside it was measured at 16 rows an expert"
-    tile_table.write_table(cache, table_of(Entry(at, ((PLAIN, 0.25), (GLUON, 0.26)))))
+    tile_table.write_table(table_file, table_of(Entry(at, ((PLAIN, 0.25), (GLUON, 0.26)))))
     tile_table.forget_tables()
     assert choose(rows=few).tile == PLAIN
 
@@ -82,8 +82,8 @@ def test_below_the_hosts_bound_no_table_brings_gluon(cache):
     ],
     ids=str,
 )
-def test_no_entry_is_the_heuristic(changed, cache):
-    tile_table.write_table(cache, table_of(Entry(CELL, ((GLUON, 0.25),))))
+def test_no_entry_is_the_heuristic(changed, table_file):
+    tile_table.write_table(table_file, table_of(Entry(CELL, ((GLUON, 0.25),))))
     choice = choose(**changed)
     assert "heuristic" in choice.reason
     rows, kind = changed.get("rows", 256 * 128), changed.get("kind", "up")
@@ -113,19 +113,19 @@ def test_tiles_of_192_rows_serve_by_rule_where_one_reads_what_two_would(kind, ro
     assert isinstance(gemm_config(kind, torch.bfloat16, rows_per_expert * 8, 8, HOPPER_SHARED_BYTES, False), GemmConfig)
 
 
-def test_the_nearest_shape_and_then_the_nearest_budget_serve(cache):
+def test_the_nearest_shape_and_then_the_nearest_budget_serve(table_file):
     tiles = [replace(GLUON, group_m=group) for group in (1, 2, 3)]
     cells = (CELL, replace(CELL, sms=66), replace(CELL, n=3072))
     entries = [Entry(cell, ((tile, 1.0),)) for cell, tile in zip(cells, tiles, strict=True)]
-    tile_table.write_table(cache, table_of(*entries))
+    tile_table.write_table(table_file, table_of(*entries))
     assert choose().tile == tiles[0]
     assert choose(sms=50).tile == tiles[1]
     assert choose(shape=(2880, 2048), sms=66).tile == tiles[2]
 
 
-def test_a_load_aware_tile_is_kept_with_its_classes(cache):
+def test_a_load_aware_tile_is_kept_with_its_classes(table_file):
     aware = GemmConfig(128, 64, 64, 8, 3, 8, 2, smaller_ms=(16, 64))
-    tile_table.write_table(cache, table_of(Entry(CELL, ((aware, 0.25),))))
+    tile_table.write_table(table_file, table_of(Entry(CELL, ((aware, 0.25),))))
     assert choose(hopper=False).tile == aware
     up = explain_layer(described_gpu(H200), PRESETS["qwen3-30b-a3b"], 4096, torch.bfloat16)[1]
     assert up.tile["smaller_ms"] == (16, 64)
@@ -133,9 +133,9 @@ def test_a_load_aware_tile_is_kept_with_its_classes(cache):
     assert (work.row_tile, work.smaller_tiles) == (128, (16, 64))
 
 
-def test_a_tall_claimed_tile_is_kept_and_gives_way_to_a_bias(cache):
+def test_a_tall_claimed_tile_is_kept_and_gives_way_to_a_bias(table_file):
     tall = HopperConfig(3, rows=192, claimed=True)
-    tile_table.write_table(cache, table_of(Entry(CELL, ((tall, 0.25),))))
+    tile_table.write_table(table_file, table_of(Entry(CELL, ((tall, 0.25),))))
     assert choose().tile == tall
     assert tile_beside_bias("up", tall) == gemm_config("up", torch.bfloat16, 1025, 1, hopper=True)
     assert tile_beside_bias("up", GLUON) == GLUON
@@ -162,18 +162,18 @@ def test_a_store_is_no_wider_than_what_a_tile_ends_with(tile, gated, width):
     assert tile.store_width(gated) == width
 
 
-def test_an_entry_of_gluon_alone_does_not_serve_where_gluon_cannot(cache):
-    tile_table.write_table(cache, table_of(Entry(CELL, ((GLUON, 0.25),))))
+def test_an_entry_of_gluon_alone_does_not_serve_where_gluon_cannot(table_file):
+    tile_table.write_table(table_file, table_of(Entry(CELL, ((GLUON, 0.25),))))
     assert choose(hopper=False).tile == by_rule(hopper=False)
 
 
-def test_the_users_table_comes_before_the_shipped_one(cache):
+def test_the_users_table_comes_before_the_shipped_one(table_file):
     shipped = tile_table.shipped_path(H200)
     tile_table.write_table(
         shipped, table_of(Entry(CELL, ((PLAIN, 1.0),)), Entry(replace(CELL, k=512), ((PLAIN, 1.0),)))
     )
     assert choose().tile == PLAIN
-    tile_table.write_table(cache, table_of(Entry(CELL, ((GLUON, 1.0),))))
+    tile_table.write_table(table_file, table_of(Entry(CELL, ((GLUON, 1.0),))))
     tile_table.forget_tables()
     assert choose().tile == GLUON
     assert choose(shape=(1536, 128)).tile == PLAIN
@@ -249,36 +249,36 @@ DAMAGES = (
 
 
 @pytest.mark.parametrize("what", DAMAGES)
-def test_a_damaged_table_is_one_warning_that_names_it_then_the_heuristic(what, cache, caplog):
-    tile_table.write_table(cache, table_of(Entry(CELL, ((GLUON, 0.25),))))
-    cache.write_text(damaged(what, json.loads(cache.read_text())))
+def test_a_damaged_table_is_one_warning_that_names_it_then_the_heuristic(what, table_file, caplog):
+    tile_table.write_table(table_file, table_of(Entry(CELL, ((GLUON, 0.25),))))
+    table_file.write_text(damaged(what, json.loads(table_file.read_text())))
     with caplog.at_level(logging.WARNING):
         assert choose().tile == by_rule()
         assert choose(rows=128).tile == by_rule(rows=128)
     assert len(caplog.records) == 1
-    assert str(cache) in caplog.text
+    assert str(table_file) in caplog.text
     assert caplog.text.count("\n") == 1
 
 
-def test_a_binary_or_unreadable_table_is_a_warning_too(cache, caplog):
-    cache.parent.mkdir(parents=True)
-    cache.write_bytes(b"\xff\xfe\x00")
+def test_a_binary_or_unreadable_table_is_a_warning_too(table_file, caplog):
+    table_file.parent.mkdir(parents=True)
+    table_file.write_bytes(b"\xff\xfe\x00")
     assert choose().tile == by_rule()
-    cache.unlink()
-    cache.mkdir()
+    table_file.unlink()
+    table_file.mkdir()
     tile_table.forget_tables()
     assert choose().tile == by_rule()
     assert len(caplog.records) == 2
 
 
-def test_a_cache_folder_that_is_a_file_is_no_table(cache, monkeypatch, caplog):
-    cache.parent.parent.write_text("not a folder")
+def test_a_cache_folder_that_is_a_file_is_no_table(table_file, monkeypatch, caplog):
+    table_file.parent.parent.write_text("not a folder")
     assert choose().tile == by_rule()
     assert not caplog.records
 
 
-def test_after_the_first_answer_nothing_is_read_and_it_costs_no_time(cache, monkeypatch):
-    tile_table.write_table(cache, table_of(Entry(CELL, ((GLUON, 0.25),))))
+def test_after_the_first_answer_nothing_is_read_and_it_costs_no_time(table_file, monkeypatch):
+    tile_table.write_table(table_file, table_of(Entry(CELL, ((GLUON, 0.25),))))
     first = choose()
 
     def refuse(*_, **__):
@@ -381,20 +381,20 @@ def test_candidates_fit_the_gpu_and_hold_what_the_rules_choose(kind, rows):
 # Explanations
 
 
-def test_an_explanation_names_entry_floor_and_measured_time(cache):
-    tile_table.write_table(cache, table_of(Entry(CELL, ((GLUON, 0.25), (PLAIN, 0.5)))))
+def test_an_explanation_names_entry_floor_and_measured_time(table_file):
+    tile_table.write_table(table_file, table_of(Entry(CELL, ((GLUON, 0.25), (PLAIN, 0.5)))))
     gpu = described_gpu(H200)
     assert (gpu.capability, gpu.num_sms, gpu.device) == ((9, 0), 132, None)
     steps = {step.step: step for step in explain_layer(gpu, PRESETS["qwen3-30b-a3b"], 4096, torch.bfloat16)}
     up = steps["up"]
     assert (up.path, up.programs, up.measured_ms, up.not_hopper) == ("gluon", 132, 0.25, None)
-    assert str(cache) in up.why
+    assert str(table_file) in up.why
     assert up.floor_ms == pytest.approx(max(up.flops / 8e14, up.min_bytes / 4e12) * 1e3)
     assert steps["down"].why.startswith("heuristic")
     assert steps["combine"].tile is None
 
 
-def test_an_explanation_says_why_gluon_cannot_serve(cache):
+def test_an_explanation_says_why_gluon_cannot_serve(table_file):
     odd = PRESETS["qwen3-30b-a3b"].with_(hidden_dim=100)
     up = explain_layer(described_gpu(H200), odd, 4096, torch.bfloat16)[1]
     assert (up.path, up.not_hopper) == ("triton", "a width of 200 is not a multiple of 64")

@@ -22,9 +22,9 @@ def table_of(*entries: Entry) -> Table:
     return Table((MACHINE,), entries, CEILINGS)
 
 
-@pytest.fixture(name="cache")
-def empty_cache(tmp_path, monkeypatch):
-    """The user's table file, of no user, with nothing shipped beside it."""
+@pytest.fixture(name="table_file")  # pytest has a fixture `cache` of its own
+def empty_table(tmp_path, monkeypatch):
+    """The file of a user without a table, with nothing shipped beside it."""
     monkeypatch.setenv("MOE_GPU_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(tile_table, "shipped_path", lambda name: tmp_path / "shipped" / "h200.json")
     tile_table.forget_tables()
