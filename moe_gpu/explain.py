@@ -251,10 +251,11 @@ def _explain_decode(
     up = step.step == "up"
     if one_launch is not None and one_launch.tile is not None:
         launch = one_launch.tile
-        tile = {"block_m": launch.rows, "fold": launch.up_fold if up else launch.down_fold, "stages": launch.stages}
+        fold = launch.up_fold if up else launch.down_fold
+        tile = {"block_m": launch.rows, "block_n": launch.height // fold, "fold": fold, "stages": launch.stages}
         path, why = "gluon decode", f"inference, up and down in one launch; {one_launch.reason}"
         programs = sms
-        shared = launch.stages * 512 * (64 + launch.rows * max(launch.up_fold, launch.down_fold))
+        shared = launch.stages * launch.stage_bytes
     else:
         config = decode.decode_config(rows)
         half, width = (config.up, c.hidden_dim) if up else (config.down, c.expert_dim)

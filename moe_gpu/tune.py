@@ -139,12 +139,12 @@ def candidates(kind: str, rows_per_expert: float, shared_bytes: int, gated: bool
 def decode_candidates(shared_bytes: int) -> list[AnyTile]:
     """Tiles of the launch for few rows, each with all the stages that fit; and two products."""
     found: list[AnyTile] = [TwoProducts()]
-    for rows, up_fold, down_fold in itertools.product((8, 16, 32, 64), (1, 2), (1, 2)):
-        columns = rows * max(up_fold, down_fold)
-        sums = 2 * 4 * 64 * columns  # of a tall tile
-        stages = min(6, (shared_bytes - sums - 2048) // (512 * (64 + columns)))
+    shapes = [*itertools.product((8, 16, 32, 64), (1, 2), (1, 2), (64,)), (32, 1, 1, 128), (64, 1, 1, 128)]
+    for rows, up_fold, down_fold, height in shapes:
+        tile = HopperDecodeConfig(rows, up_fold, down_fold, 1, height)
+        stages = min(6, (shared_bytes - tile.sums_bytes - 2048) // tile.stage_bytes)
         if stages >= 2:
-            found.append(HopperDecodeConfig(rows, up_fold, down_fold, stages))
+            found.append(replace(tile, stages=stages))
     return found
 
 

@@ -67,8 +67,9 @@ def test_below_a_row_for_each_second_expert_the_rule_serves_few_rows(table_file)
         Entry(CELL, ((LAUNCH, 0.25),)),
         Entry(DECODE_CELL, ((replace(LAUNCH, rows=24), 0.25),)),
         Entry(DECODE_CELL, ((replace(LAUNCH, up_fold=3), 0.25),)),
+        Entry(DECODE_CELL, ((replace(LAUNCH, height=256), 0.25),)),
     ],
-    ids=("a product's tile", "of a product", "24 rows", "three folds"),
+    ids=("a product's tile", "of a product", "24 rows", "three folds", "256 weight rows"),
 )
 def test_a_damaged_entry_of_few_rows_is_a_warning(entry, table_file, caplog):
     tile_table.write_table(table_file, table_of(entry))
@@ -90,8 +91,7 @@ def test_few_rows_are_planned_and_tried_with_all_that_fits():
         assert set(incumbents.values()) == {TwoProducts(), current}
         for tile in tiles:
             if isinstance(tile, HopperDecodeConfig):
-                columns = tile.rows * max(tile.up_fold, tile.down_fold)
-                assert tile.stages * 512 * (64 + columns) + 512 * columns + 1024 <= HOPPER_SHARED_BYTES
+                assert tile.stages * tile.stage_bytes + tile.sums_bytes + 1024 <= HOPPER_SHARED_BYTES
 
 
 def test_inference_with_few_rows_is_explained_as_the_decode_path(table_file):
@@ -166,8 +166,7 @@ def test_there_are_counters_for_every_row_tile_that_the_rule_can_give_and_more_a
 def test_every_tile_for_few_rows_fits_in_shared_memory_and_grows_with_the_rows(sizes):
     tiles = [hopper_decode_config(rows, 256, 128, *sizes) for rows in range(1, 48 * 128 + 1)]
     for tile in set(tiles):
-        columns = tile.rows * max(tile.up_fold, tile.down_fold)
-        assert tile.stages * 512 * (64 + columns) + 512 * columns + 1024 <= HOPPER_SHARED_BYTES
+        assert tile.stages * tile.stage_bytes + tile.sums_bytes + 1024 <= HOPPER_SHARED_BYTES
     assert [tile.rows for tile in tiles] == sorted(tile.rows for tile in tiles)
     assert {tile.rows for tile in tiles} == {8, 16, 32, 64}
     assert hopper_decode_config(128 * 8, 257, 128, *sizes).rows == 64

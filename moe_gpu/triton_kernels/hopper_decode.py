@@ -39,8 +39,7 @@ from moe_gpu.triton_kernels.hopper_common import (
 )
 from moe_gpu.triton_kernels.hopper_decode_producers import (
     BOX_K,
-    HEIGHT,
-    PANELS,
+    STAGE_ROWS,
     count_items,
     expert_bounds,
     place_of_item,
@@ -57,6 +56,7 @@ _COUNTERS = Counters()
 @gluon.jit
 def _sums(w_ring, x_ring, sums, full, empty, step, K, FOLD: gl.constexpr, STAGES: gl.constexpr, COUNT: gl.constexpr):
     """An item's sums into `sums`; where the other projection has more folds, its columns hold what they happen to."""
+    HEIGHT: gl.constexpr = sums.shape[0]
     COLUMNS: gl.constexpr = x_ring.shape[1] // COUNT
     acc = warpgroup_mma_init(gl.zeros((HEIGHT, COLUMNS), gl.float32, layout=accumulator_layout(COLUMNS)))
     for _ in range(0, K, FOLD * COUNT * BOX_K):
@@ -79,7 +79,7 @@ def _unfolded(sums, at, COLUMNS: gl.constexpr, ROWS: gl.constexpr, FOLD: gl.cons
     """(COLUMNS, ROWS) of the sums from weight row `at` on: those of each piece of k, in its own columns."""
     value = sums.slice(at, COLUMNS, dim=0).slice(0, ROWS, dim=1).load(layout)
     for piece in gl.static_range(1, FOLD):
-        own = sums.slice(at + piece * (HEIGHT // FOLD), COLUMNS, dim=0).slice(piece * ROWS, ROWS, dim=1)
+        own = sums.slice(at + piece * (sums.shape[0] // FOLD), COLUMNS, dim=0).slice(piece * ROWS, ROWS, dim=1)
         value += own.load(layout)
     return value
 
@@ -101,7 +101,7 @@ def _finish(
     FOLD: gl.constexpr,
 ):
     """Bias, activation and store of an item's sums: rows `first` to `last`, columns from `column` on, of N."""
-    COLUMNS: gl.constexpr = HEIGHT // FOLD // HALVES
+    COLUMNS: gl.constexpr = sums.shape[0] // FOLD // HALVES
     layout: gl.constexpr = gl.BlockedLayout([1, 1], [16, 2], [1, 4], [0, 1])
     n = column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(1, layout))
     row = first + gl.arange(0, ROWS, layout=gl.SliceLayout(0, layout))
@@ -148,7 +148,8 @@ def _compute(
     TALL: gl.constexpr,
 ):
     """An item of a projection from its stages to its rows of the output. Steps so far, and its row tile."""
-    SHARE: gl.constexpr = HEIGHT // FOLD // HALVES
+    PANELS: gl.constexpr = STAGE_ROWS // sums.shape[0]
+    SHARE: gl.constexpr = sums.shape[0] // FOLD // HALVES
     if TALL:
         expert, tile, number, first, last, tall = place_of_item(e, start, end, ends, item, each, ROWS, TALL)
         column = number * SHARE
@@ -202,7 +203,9 @@ def _consumer(
 ):
     """Multiplies and finishes every claimed item, and counts those of the up projection as done."""
     e, start, end = expert_bounds(offsets_ptr, E, BLOCK_E)
-    ends, ups, downs, num_up, total = count_items(start, end, I, O, ROWS, HALVES, UP_FOLD, DOWN_FOLD, TALL)
+    ends, ups, downs, num_up, total = count_items(
+        start, end, I, O, ROWS, HALVES, UP_FOLD, DOWN_FOLD, sums.shape[0], TALL
+    )
     step = 0
     turn = 1
     item = claimed_tile(queue, published, taken, 0)
@@ -252,6 +255,7 @@ def _decode_hopper_kernel(
     UP_FOLD: gl.constexpr,
     DOWN_FOLD: gl.constexpr,
     STAGES: gl.constexpr,
+    HEIGHT: gl.constexpr,
     TALL: gl.constexpr,
 ):
     """y = f(x W_up^T + bias) W_down^T + bias per expert, for rows sorted by expert."""
@@ -261,8 +265,10 @@ def _decode_hopper_kernel(
     x_stride = x_stride_eighth * 8
     COLUMNS: gl.constexpr = ROWS * max(UP_FOLD, DOWN_FOLD)
     ROW_WARPS: gl.constexpr = 2 if ROWS > 16 else 1
-    w_ring = gl.allocate_shared_memory(dtype, [STAGES, PANELS * HEIGHT, BOX_K], piece_layout(BOX_K, dtype))
-    x_ring = gl.allocate_shared_memory(dtype, [STAGES, PANELS * COLUMNS, BOX_K], piece_layout(BOX_K, dtype))
+    w_ring = gl.allocate_shared_memory(dtype, [STAGES, STAGE_ROWS, BOX_K], piece_layout(BOX_K, dtype))
+    x_ring = gl.allocate_shared_memory(
+        dtype, [STAGES, STAGE_ROWS // HEIGHT * COLUMNS, BOX_K], piece_layout(BOX_K, dtype)
+    )
     # Columns change places by row, since a warp reads down a column.
     turned: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 8, [1, 0])
     sums = gl.allocate_shared_memory(gl.float32, [1, HEIGHT, COLUMNS * (2 if TALL else 1)], turned).index(0)
@@ -280,11 +286,11 @@ def _decode_hopper_kernel(
             )),
             (weights_producer, (
                 up_desc, down_desc, offsets_ptr, state_ptr, w_ring, full, empty, queue, published, taken,
-                E, H, I, O, HALVES, BLOCK_E, ROWS, UP_FOLD, DOWN_FOLD, STAGES, TALL,
+                E, H, I, O, HALVES, BLOCK_E, ROWS, UP_FOLD, DOWN_FOLD, STAGES, HEIGHT, TALL,
             )),
             (rows_producer, (
                 x_ptr, a_ptr, route_ptr, offsets_ptr, state_ptr, x_ring, full, empty, queue, published, taken,
-                E, H, I, O, x_stride, TOP_K, HALVES, BLOCK_E, ROWS, UP_FOLD, DOWN_FOLD, STAGES, TALL,
+                E, H, I, O, x_stride, TOP_K, HALVES, BLOCK_E, ROWS, UP_FOLD, DOWN_FOLD, STAGES, HEIGHT, TALL,
             )),
         ],
         [1, ROW_WARPS],
@@ -317,7 +323,7 @@ def decode_forward_hopper(
         return y
     row_tiles = min(num_rows, cdiv(num_rows, config.rows) + min(num_experts, num_rows))
     halves = 2 if kind.gated else 1
-    up_share, down_share = HEIGHT.value // config.up_fold // halves, HEIGHT.value // config.down_fold
+    up_share, down_share = config.height // config.up_fold // halves, config.height // config.down_fold
     items = row_tiles * (cdiv(hidden_dim, up_share) + cdiv(output_dim, down_share))
     launch(
         _decode_hopper_kernel,
@@ -347,7 +353,9 @@ def decode_forward_hopper(
         UP_FOLD=config.up_fold,
         DOWN_FOLD=config.down_fold,
         STAGES=config.stages,
-        TALL=x_TH.shape[0] > config.rows,  # else no expert has more, unless a token chose it twice
+        HEIGHT=config.height,
+        # Tokens no more than a tile's rows: no expert has more, unless a token chose it twice.
+        TALL=config.height == 64 and x_TH.shape[0] > config.rows,
         num_warps=4,
         **pdl_options(x_TH.device),
     )

@@ -13,8 +13,7 @@ from moe_gpu.triton_kernels.hopper_common import claimed_tile, copy_load, tma_lo
 thread_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 
 BOX_K = gl.constexpr(64)  # 128 bytes, the widest that TMA swizzles
-PANELS = gl.constexpr(4)  # boxes side by side in a stage; half as many in one of a tall tile
-HEIGHT = gl.constexpr(64)  # what wgmma multiplies: weight rows times folds
+STAGE_ROWS = gl.constexpr(256)  # of weights in boxes of one stage, whether above each other or side by side
 
 
 @gluon.jit
@@ -50,6 +49,7 @@ def count_items(
     HALVES: gl.constexpr,
     UP_FOLD: gl.constexpr,
     DOWN_FOLD: gl.constexpr,
+    HEIGHT: gl.constexpr,
     TALL: gl.constexpr,
 ):
     """Row tiles up to each expert's last one; items of a tile in the up and the down projection; all of up; of both."""
@@ -109,15 +109,17 @@ def _bring_weights(
     STAGES: gl.constexpr,
     HALVES: gl.constexpr,
     FOLD: gl.constexpr,
+    HEIGHT: gl.constexpr,
     TALL: gl.constexpr,
 ):
     """All of k of the weight rows from `row` on, and of those N after them if there are two halves."""
+    PANELS: gl.constexpr = STAGE_ROWS // HEIGHT
     if not TALL:
-        step = _bring_panels(desc, row, N, K, w_ring, full, empty, step, STAGES, HALVES, FOLD, PANELS)
+        step = _bring_panels(desc, row, N, K, w_ring, full, empty, step, STAGES, HALVES, FOLD, HEIGHT, PANELS)
     elif tall:
-        step = _bring_panels(desc, row, N, K, w_ring, full, empty, step, STAGES, HALVES, FOLD, PANELS // 2)
+        step = _bring_panels(desc, row, N, K, w_ring, full, empty, step, STAGES, HALVES, FOLD, HEIGHT, PANELS // 2)
     else:
-        step = _bring_panels(desc, row, N, K, w_ring, full, empty, step, STAGES, HALVES, FOLD, PANELS)
+        step = _bring_panels(desc, row, N, K, w_ring, full, empty, step, STAGES, HALVES, FOLD, HEIGHT, PANELS)
     return step
 
 
@@ -134,6 +136,7 @@ def _bring_panels(
     STAGES: gl.constexpr,
     HALVES: gl.constexpr,
     FOLD: gl.constexpr,
+    HEIGHT: gl.constexpr,
     COUNT: gl.constexpr,
 ):
     SHARE: gl.constexpr = HEIGHT // FOLD // HALVES
@@ -174,12 +177,13 @@ def weights_producer(
     UP_FOLD: gl.constexpr,
     DOWN_FOLD: gl.constexpr,
     STAGES: gl.constexpr,
+    HEIGHT: gl.constexpr,
     TALL: gl.constexpr,
 ):
     """Claims items and brings their weights."""
     e, start, end = expert_bounds(offsets_ptr, E, BLOCK_E)
     item = gl.atomic_add(state_ptr, 1, sem="relaxed")
-    ends, ups, downs, num_up, total = count_items(start, end, I, O, ROWS, HALVES, UP_FOLD, DOWN_FOLD, TALL)
+    ends, ups, downs, num_up, total = count_items(start, end, I, O, ROWS, HALVES, UP_FOLD, DOWN_FOLD, HEIGHT, TALL)
     _publish(item, state_ptr, total, queue, published, taken, 0)
     step = 0
     turn = 1
@@ -187,11 +191,15 @@ def weights_producer(
         if item < num_up:
             expert, _, number, _, _, tall = place_of_item(e, start, end, ends, item, ups, ROWS, TALL)
             row = expert * (HALVES * I) + number * (HEIGHT // UP_FOLD // HALVES)
-            step = _bring_weights(up_desc, row, I, H, tall, w_ring, full, empty, step, STAGES, HALVES, UP_FOLD, TALL)
+            step = _bring_weights(
+                up_desc, row, I, H, tall, w_ring, full, empty, step, STAGES, HALVES, UP_FOLD, HEIGHT, TALL
+            )
         else:
             expert, _, number, _, _, tall = place_of_item(e, start, end, ends, item - num_up, downs, ROWS, TALL)
             row = expert * O + number * (HEIGHT // DOWN_FOLD)
-            step = _bring_weights(down_desc, row, O, I, tall, w_ring, full, empty, step, STAGES, 1, DOWN_FOLD, TALL)
+            step = _bring_weights(
+                down_desc, row, O, I, tall, w_ring, full, empty, step, STAGES, 1, DOWN_FOLD, HEIGHT, TALL
+            )
         item = gl.atomic_add(state_ptr, 1, sem="relaxed")
         _publish(item, state_ptr, total, queue, published, taken, turn)
         turn += 1
@@ -224,9 +232,11 @@ def _bring_rows(
     ROWS: gl.constexpr,
     FOLD: gl.constexpr,
     STAGES: gl.constexpr,
+    HEIGHT: gl.constexpr,
     TALL: gl.constexpr,
 ):
     """All of k of the rows from `first` on."""
+    PANELS: gl.constexpr = STAGE_ROWS // HEIGHT
     if not TALL:
         step = _bring_tile(
             rows_ptr, route_ptr, first, last, stride, K, x_ring, full, empty, step, TOP_K, ROWS, FOLD, STAGES, PANELS
@@ -323,11 +333,12 @@ def rows_producer(
     UP_FOLD: gl.constexpr,
     DOWN_FOLD: gl.constexpr,
     STAGES: gl.constexpr,
+    HEIGHT: gl.constexpr,
     TALL: gl.constexpr,
 ):
     """Brings the rows of every claimed item: tokens', or the intermediate's once it is complete."""
     e, start, end = expert_bounds(offsets_ptr, E, BLOCK_E)
-    ends, ups, downs, num_up, total = count_items(start, end, I, O, ROWS, HALVES, UP_FOLD, DOWN_FOLD, TALL)
+    ends, ups, downs, num_up, total = count_items(start, end, I, O, ROWS, HALVES, UP_FOLD, DOWN_FOLD, HEIGHT, TALL)
     step = 0
     turn = 1
     item = claimed_tile(queue, published, taken, 0)
@@ -340,7 +351,7 @@ def rows_producer(
         if up:
             step = _bring_rows(
                 x_ptr, route_ptr, first, last, tall, x_stride, H, x_ring, full, empty, step,
-                TOP_K, ROWS, UP_FOLD, STAGES, TALL,
+                TOP_K, ROWS, UP_FOLD, STAGES, HEIGHT, TALL,
             )  # fmt: skip
         else:
             done_ptr = state_ptr + 1 + tile
@@ -351,7 +362,7 @@ def rows_producer(
             gl.store(done_ptr, 0, mask=done == ups + downs - 1)  # nobody else will look
             step = _bring_rows(
                 a_ptr, route_ptr, first, last, tall, I, I, x_ring, full, empty, step,
-                0, ROWS, DOWN_FOLD, STAGES, TALL,
+                0, ROWS, DOWN_FOLD, STAGES, HEIGHT, TALL,
             )  # fmt: skip
         item = claimed_tile(queue, published, taken, turn)
         turn += 1

@@ -308,8 +308,8 @@ def _tile(values: dict[str, Any]) -> tuple[AnyTile, float]:
         value = getattr(tile, field.name)
         power = field.name.startswith("block") or field.name.endswith(("num_warps", "fold"))
         right = isinstance(value, bool) if field.name == "claimed" else _whole(value) and value >= 0
-        rows = (8, 16, 32, 64) if isinstance(tile, HopperDecodeConfig) else (128, 192)
-        if not right or (power and value.bit_count() != 1) or (field.name == "rows" and value not in rows):
+        allowed = {"rows": (8, 16, 32, 64) if isinstance(tile, HopperDecodeConfig) else (128, 192), "height": (64, 128)}
+        if not right or (power and value.bit_count() != 1) or value not in allowed.get(field.name, (value,)):
             raise TableError(f"it is damaged ({field.name}={value!r})")
     return tile, float(time_ms)
 

@@ -75,15 +75,31 @@ class HopperConfig:
 
 @dataclass(frozen=True)
 class HopperDecodeConfig:
-    """Of `hopper_decode.py`: tiles of `rows` rows of an expert against 64 // fold weight rows, and stages of both.
+    """Of `hopper_decode.py`: tiles of `rows` rows of an expert against height // fold weight rows, and stages of both.
 
-    An expert with more rows has tiles of twice as many.
+    height: 64 or 128. Of 64, an expert with more rows has tiles of twice as many; of 128, stages are half as deep.
     """
 
     rows: int
     up_fold: int
     down_fold: int
     stages: int
+    height: int = 64
+
+    @property
+    def columns(self) -> int:
+        """Of the sums: a tile's rows for each fold."""
+        return self.rows * max(self.up_fold, self.down_fold)
+
+    @property
+    def stage_bytes(self) -> int:
+        """Of 256 columns of 64 weight rows, or 128 of 128, and as many columns of rows, all of 16 bits."""
+        return 2 * 64 * (256 + 256 // self.height * self.columns)
+
+    @property
+    def sums_bytes(self) -> int:
+        """Of float32 sums, of a tile of twice the rows if there may be one."""
+        return 4 * self.height * self.columns * (2 if self.height == 64 else 1)
 
 
 @dataclass(frozen=True)

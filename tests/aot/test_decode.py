@@ -75,8 +75,14 @@ GLUON = [
 ]
 
 
-@pytest.mark.parametrize(("num_tokens", "shape", "activation", "bias"), GLUON if CHOSEN_TRITON else GLUON[:2])
-def test_gluon_decode_tile(num_tokens, shape, activation, bias):
+HIGH = [tuning.HopperDecodeConfig(32, 1, 1, 5, height=128), tuning.HopperDecodeConfig(64, 1, 1, 4, height=128)]
+CASES = [(*case, None) for case in (GLUON if CHOSEN_TRITON else GLUON[:2])]
+CASES += [(256, QWEN, "swiglu", False, tile) for tile in HIGH]
+
+
+@pytest.mark.parametrize(("num_tokens", "shape", "activation", "bias", "tile"), CASES)
+def test_gluon_decode_tile(num_tokens, shape, activation, bias, tile):
+    """Those of the rule, and what the tuner offers beside them."""
     experts, top_k, width, hidden = shape
 
     def new(*sizes: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -92,7 +98,7 @@ def test_gluon_decode_tile(num_tokens, shape, activation, bias):
             new(experts, up_rows, width),
             new(experts, width, hidden),
             activation,
-            tuning.hopper_decode_config(rows, num_tokens, experts, width, hidden),
+            tile or tuning.hopper_decode_config(rows, num_tokens, experts, width, hidden),
             132,
             new(experts, up_rows) if bias else None,
             new(experts, width) if bias else None,

@@ -194,7 +194,7 @@ def _warpgroup_mma_init(value: Any) -> Accumulator:
 
 def _warpgroup_mma(a: SharedMemory, b: SharedMemory, acc: Accumulator, *, is_async: bool = False) -> Accumulator:
     assert is_async
-    assert a.values.shape[0] == 64, "a warpgroup multiplies 64 rows"
+    assert a.values.shape[0] in (64, 128), "a warpgroup multiplies 64 rows, or twice 64"
     for operand in (a, b):
         operand.cell.before_asynchronous_read()
         operand.cell.readers += 1

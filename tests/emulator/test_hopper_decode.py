@@ -23,7 +23,8 @@ INLINE_ASSEMBLY = {key_of(hopper_common.sigmoid.fn): torch.sigmoid}
 # One more row than a tile, none, one, a tile.
 FEW = Ragged(torch.bfloat16, (9, 0, 1, 8), tail=4)
 SMALL = HopperDecodeConfig(rows=8, up_fold=1, down_fold=1, stages=2)
-CONFIGS = {
+HIGH = [HopperDecodeConfig(32, 1, 1, 5, height=128), HopperDecodeConfig(64, 1, 1, 4, height=128)]
+CONFIGS = set(HIGH) | {
     hopper_decode_config(num_rows, num_tokens, 128, width, hidden)
     for num_rows, num_tokens in ((8, 1), (32, 4), (256, 32), (2048, 256), (4096, 256))
     for width, hidden in ((2048, 768), (4096, 14336), (7168, 2048))
