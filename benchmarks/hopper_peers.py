@@ -1,4 +1,4 @@
-"""The rivals that serve decode and middle sizes, called as their own layers call them, from given ids and weights.
+"""The rivals, called as their own layers call them, from given ids and weights: of few tokens, and of training.
 
 None is a dependency: one that cannot be imported is a row that says why. vLLM's experts take our layout. OpenAI's
 triton_kernels (https://github.com/triton-lang/triton, python/triton_kernels) wants the gate and up rows of its fused
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from hopper_problem import Problem
 
+from moe_gpu.benchmark.timing import Job
 from moe_gpu.reference import ExpertWeights
 
 
@@ -112,3 +113,41 @@ PEERS = (
         _bind_triton_kernels,
     ),
 )
+
+
+def run_sonicmoe(p: Problem) -> torch.Tensor:
+    """As SonicMoE's own layer calls its kernels, from given ids."""
+    functional = import_module("sonicmoe.functional")
+    metadata = import_module("sonicmoe.functional.triton_kernels").TC_topk_router_metadata_triton
+    swiglu = import_module("sonicmoe.enums").ActivationType.SWIGLU
+    (t, k), e = p.ids.shape, p.config.num_experts
+    new: dict[str, Any] = dict(dtype=torch.int32, device="cuda")
+    frequency, offsets = torch.empty(e, **new), torch.empty(e + 1, **new)
+    rows = [torch.empty(t * k, **new) for _ in range(3)]
+    metadata(p.ids, e, frequency, offsets, *rows)
+    up, down = p.up.permute(1, 2, 0), p.down.permute(1, 2, 0)
+    a, h = functional._UpProjection.apply(
+        p.x, up, None, offsets, t * k, k, *rows, None, False, swiglu, not torch.is_grad_enabled(), True
+    )
+    return functional._DownProjection.apply(a, h, down, None, p.scores, offsets, t, k, *rows, None, False, swiglu)
+
+
+def batched_products(p: Problem, mode: str) -> Job:
+    """The matrix products of a pass over equal groups, by torch.bmm."""
+    c, groups = p.config, p.ids.numel() // p.config.num_experts
+    x = torch.randn(c.num_experts, groups, c.input_dim, device="cuda", dtype=torch.bfloat16)
+    a = torch.randn(c.num_experts, groups, c.hidden_dim, device="cuda", dtype=torch.bfloat16)
+    h = torch.randn(c.num_experts, groups, c.up_rows, device="cuda", dtype=torch.bfloat16)
+    y = torch.randn(c.num_experts, groups, c.expert_dim, device="cuda", dtype=torch.bfloat16)
+    up, down = p.up.detach(), p.down.detach()
+
+    def run(_: None) -> None:
+        torch.bmm(x, up.mT)
+        torch.bmm(a, down.mT)
+        if mode != "forward":
+            torch.bmm(y, down)
+            torch.bmm(y.mT, a)
+            torch.bmm(h.mT, x)
+            torch.bmm(h, up)
+
+    return Job(run)

@@ -18,14 +18,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module, util
+from importlib import util
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from hopper_fp8 import WAYS, Way, copy_of, dequantised, quantise
-from hopper_peers import PEERS, Peer
+from hopper_peers import PEERS, Peer, batched_products, run_sonicmoe
 from hopper_problem import Problem, make_weights, run_ours
 
 from moe_gpu import nvml
@@ -86,44 +86,6 @@ GRAPH_BUDGET_S = 0.12
 FEW_TOKENS, MOST_ROUNDS = 64, 8  # fewer go round the copies more often: starting a graph takes microseconds
 
 Builds = dict[str, Callable[[], tuple[Job, dict[str, Any]]]]
-
-
-def run_sonicmoe(p: Problem) -> torch.Tensor:
-    """As SonicMoE's own layer calls its kernels, from given ids."""
-    functional = import_module("sonicmoe.functional")
-    metadata = import_module("sonicmoe.functional.triton_kernels").TC_topk_router_metadata_triton
-    swiglu = import_module("sonicmoe.enums").ActivationType.SWIGLU
-    (t, k), e = p.ids.shape, p.config.num_experts
-    new: dict[str, Any] = dict(dtype=torch.int32, device="cuda")
-    frequency, offsets = torch.empty(e, **new), torch.empty(e + 1, **new)
-    rows = [torch.empty(t * k, **new) for _ in range(3)]
-    metadata(p.ids, e, frequency, offsets, *rows)
-    up, down = p.up.permute(1, 2, 0), p.down.permute(1, 2, 0)
-    a, h = functional._UpProjection.apply(
-        p.x, up, None, offsets, t * k, k, *rows, None, False, swiglu, not torch.is_grad_enabled(), True
-    )
-    return functional._DownProjection.apply(a, h, down, None, p.scores, offsets, t, k, *rows, None, False, swiglu)
-
-
-def batched_products(p: Problem, mode: str) -> Job:
-    """The matrix products of a pass over equal groups, by torch.bmm."""
-    c, groups = p.config, p.ids.numel() // p.config.num_experts
-    x = torch.randn(c.num_experts, groups, c.input_dim, device="cuda", dtype=torch.bfloat16)
-    a = torch.randn(c.num_experts, groups, c.hidden_dim, device="cuda", dtype=torch.bfloat16)
-    h = torch.randn(c.num_experts, groups, c.up_rows, device="cuda", dtype=torch.bfloat16)
-    y = torch.randn(c.num_experts, groups, c.expert_dim, device="cuda", dtype=torch.bfloat16)
-    up, down = p.up.detach(), p.down.detach()
-
-    def run(_: None) -> None:
-        torch.bmm(x, up.mT)
-        torch.bmm(a, down.mT)
-        if mode != "forward":
-            torch.bmm(y, down)
-            torch.bmm(y.mT, a)
-            torch.bmm(h.mT, x)
-            torch.bmm(h, up)
-
-    return Job(run)
 
 
 class Recorder:

@@ -18,7 +18,7 @@ from concurrent.futures import TimeoutError as FuturesTimeoutError
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -57,12 +57,10 @@ from moe_gpu.triton_kernels.tuning import (
 )
 from moe_gpu.tune_problem import DTYPE, Case, Operands, compare
 
-if TYPE_CHECKING:
-    pass
-
 MARGIN = 0.01
 FIRST_SAMPLES, LAST_SAMPLES, FINALISTS = 3, 15, 3
 MOST_ROWS_IN_ONE_LAUNCH = 64  # an expert; where the launch for few rows is tried
+COMPILED_TOKENS = 65  # more than the tallest tile of one launch has rows: for fewer it is another kernel
 # What of --seconds compiling may take.
 COMPILE_SHARE = 0.6
 
@@ -304,11 +302,11 @@ def _medians(jobs: dict[AnyTile, Job], timer: Timer, samples: int) -> tuple[dict
 
 @functools.lru_cache(maxsize=1)
 def _small_operands(config: MoEConfig, index: int) -> Operands:
-    return Operands(config, 1, torch.device("cuda", index))
+    return Operands(config, COMPILED_TOKENS, torch.device("cuda", index))
 
 
 def _compile(preset: str, product: LayerProduct, tile: AnyTile, index: int) -> None:
-    """In a process of its own: run a tile on one token, which leaves its kernel in Triton's cache."""
+    """In a process of its own: run a tile on few tokens, which leaves its kernel in Triton's cache."""
     operands = _small_operands(PRESETS[preset], index)
     operands.call(product, tile, 1)()
 

@@ -223,11 +223,8 @@ _SHARED_BYTES = {
     (10, 0): HOPPER_SHARED_BYTES,
     (10, 3): HOPPER_SHARED_BYTES,
 }
-# Up to so many tokens, rows an expert that `decode_forward_hopper` serves. us, against two products, uniform / Zipf 1.2
-# / all tokens to the same experts: Qwen3's 256 tokens 301 / 303 / 90 instead of 320 / 315 / 61, its 512 324 / 353 / 129
-# instead of 328 / 348 / 90; DeepSeek-V3's 512 5139 / 5138 / 907 instead of 5537 / 5282 / 515, its 1024 5276 / 6286 /
-# 2025 instead of 5671 / 6059 / 1080; Mixtral's 128 676 / 697 / 252 instead of 702 / 730 / 282, its 192 694 instead of
-# 710, its 256 821 instead of 767 (printed). It gains until items wait for the L2, the sooner the more rows there are.
+# Up to so many tokens, rows an expert that `decode_forward_hopper` serves, by what it and two products took on an H200,
+# uniform and skewed (docs/kernels.md): it gains until items wait for the L2, the sooner the more rows there are.
 HOPPER_DECODE_MOST_ROWS = {256: 48, 512: 24}
 FOLDED_DEPTH = 4096
 # Exact float32 runs on the plain cores: small tiles, whatever the load.
