@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 
+import pytest
 import torch
+from torch import nn
 
 from moe_gpu.config import MoEConfig
 from moe_gpu.expert_cache import ExpertCache, lane
-from moe_gpu.model import AdvancedMoELayer
+from moe_gpu.model import AdvancedMoELayer, set_hbm_budget
 
 
 @dataclass(eq=False)
@@ -99,3 +102,40 @@ def twins(budget, dtype=torch.float32, seed=0, **changes) -> tuple[AdvancedMoELa
     cached = AdvancedMoELayer.from_config(config, hbm_budget=budget).to(dtype)
     cached.load_state_dict(plain.state_dict())
     return cached, plain
+
+
+@pytest.fixture
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+def same_bits(cached, plain, x, **options) -> None:
+    got, stats = cached(x, **options)
+    expected, _ = plain(x, **options)
+    assert torch.equal(got, expected), f"differs by {(got - expected).abs().max()}"
+    assert got.shape == expected.shape
+    if x.shape[0] and stats.counts_E.any():
+        assert expected.abs().max() > 0
+
+
+class Stack(nn.Module):
+    """Three layers of unlike sizes, one after another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            AdvancedMoELayer(12, 12, hidden, experts, 2) for hidden, experts in ((20, 8), (16, 8), (24, 4))
+        )
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer(x)[0]
+        return x
+
+
+def stacks(budget, **options):
+    torch.manual_seed(0)
+    plain = Stack().eval()
+    cached = copy.deepcopy(plain)
+    return cached, plain, set_hbm_budget(cached, ExpertCache(budget, **options))

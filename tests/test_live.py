@@ -7,71 +7,21 @@ import json
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from moe_gpu import AdvancedGPUSliceManager, AdvancedMoELayer, ExpertProfiler, Progress, publish
+from moe_gpu import AdvancedGPUSliceManager, ExpertProfiler, Progress, publish
 from moe_gpu.live import publisher as publishing
-from moe_gpu.live.figures import load_figures, summary, tokens_of
+from moe_gpu.live.figures import load_figures, tokens_of
 from moe_gpu.live.gpu import read_gpu
-from moe_gpu.live.status import (
-    Energy,
-    JobStatus,
-    LayerLoad,
-    StatusError,
-    choose_job,
-    find_jobs,
-    live_directory,
-    process_ticks,
-    read_status,
-)
+from moe_gpu.live.status import LayerLoad, find_jobs, read_status
 from moe_gpu.nvml import SLOWED, GpuLostError, NotSupportedError, Sample
 from moe_gpu.slices.plan import GPUSlice
 from tests.energy_cases import with_fake_nvml
+from tests.live_cases import EXPERTS, TOP_K, a_status, folder_of_jobs, make_model, step, wait_while  # noqa: F401 fixtures
 from tests.training_cases import ROOT
-
-EXPERTS, TOP_K = 8, 2
-
-
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path, monkeypatch):
-    """Jobs publish under a folder of the test's own."""
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    return tmp_path / "moe_gpu"
-
-
-def make_model(num_layers: int = 2, profiled: bool = True, **options) -> torch.nn.ModuleList:
-    profiler = ExpertProfiler(EXPERTS, num_layers, copy_interval_s=0) if profiled else None
-    return torch.nn.ModuleList(
-        AdvancedMoELayer(16, 16, 32, EXPERTS, TOP_K, profiler=profiler, layer_index=index, **options)
-        for index in range(num_layers)
-    )
-
-
-def step(model: torch.nn.ModuleList, calls: int = 5, tokens: int = 10) -> None:
-    for _ in range(calls):
-        for layer in model:
-            layer(torch.randn(tokens, 16))
-    model[0].profiler.flush()
-
-
-def wait_while(condition: Callable[[], bool]) -> None:
-    """Let the publisher's thread work; far longer than it needs, so that a test fails and does not hang."""
-    end = time.monotonic() + 60
-    while condition():
-        assert time.monotonic() < end, "the thread has not done what was waited for"
-        time.sleep(0.01)
-
-
-def a_status(**changes) -> JobStatus:
-    now = time.time()
-    ticks = process_ticks(os.getpid())
-    return replace(JobStatus(os.getpid(), "job", os.uname().nodename, now, now, 1.0, ticks), **changes)
 
 
 def test_a_model_is_published_where_top_looks_and_says_what_its_profiler_counted(own_folder):
@@ -302,34 +252,6 @@ def test_a_job_that_is_over_is_said_to_have_ended(how):
     assert status.ended == (how != "killed")
 
 
-def test_states():
-    now = time.time()
-    assert a_status().state == "running"
-    assert a_status(ended=True).state == "ended"
-    assert a_status(written_at=now - 60).state == "silent"
-    assert a_status(written_at=now - 60, interval_s=30.0).state == "running"
-    assert a_status(process_ticks=1).state == "ended", "the pid belongs to another process now"
-    assert a_status(host="elsewhere", pid=2**30).state == "running"
-    assert a_status(pid=2**22 + 1).state == "ended"
-
-
-def test_old_files_of_ended_jobs_are_removed_and_others_kept(own_folder):
-    own_folder.mkdir()
-    old = time.time() - 2 * publishing.KEPT_S
-    files = {
-        "old": a_status(ended=True, written_at=old),
-        "silent": a_status(written_at=old),
-        "fresh": a_status(ended=True),
-        "elsewhere": a_status(ended=True, written_at=old, host="elsewhere"),
-    }
-    for name, status in files.items():
-        (own_folder / f"{name}.json").write_text(status.to_json())
-    (own_folder / "damaged.json").write_text("{")
-    with publish(make_model()):
-        left = {path.stem for path in own_folder.iterdir()}
-    assert left == {"silent", "fresh", "elsewhere", "damaged", str(os.getpid())}
-
-
 @pytest.mark.parametrize(
     ("source", "options", "said"),
     [
@@ -353,91 +275,6 @@ def test_a_disk_that_fills_up_is_warned_of_once_and_the_job_goes_on(monkeypatch,
         writes = publisher._writes
         wait_while(lambda: publisher._writes < writes + 3)
     assert [record.getMessage().count("No space left") for record in caplog.records] == [1]
-
-
-def test_a_status_comes_back_as_it_was_written(tmp_path):
-    layer = LayerLoad("a", 2, 1, "triton", [1, 2], [1, 1], 2.5, 3, 0, 0.1)
-    status = a_status(layers=[layer, LayerLoad("b", reason="none")], energy=Energy(12.5, 3.0, 100), slices=[])
-    path = tmp_path / "job.json"
-    path.write_text(status.to_json())
-    assert read_status(path) == status
-    told = json.loads(json.dumps(summary(status)))
-    assert told["energy"]["j_per_1000_tokens"] == 125
-    assert told["layers"][0]["figures"]["load_E"] == [1, 1]
-    assert told["layers"][0]["tokens_per_s"] == told["tokens_per_s"] == 2 / 2.5
-    assert told["layers"][1]["figures"] is None
-    assert Energy(12.5, 3.0, 0).j_per_1000_tokens is None
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (b"", "holds no JSON"),
-        (b"\xff\xfe", "holds no JSON"),
-        (b"[" * 100000, "holds no JSON"),
-        (b"[]", "does not hold moe_gpu.live/1"),
-        (b'{"format": "moe_gpu.live/2"}', "does not hold moe_gpu.live/1"),
-        (b'{"format": "moe_gpu.live/1"}', "damaged"),
-    ],
-)
-def test_a_file_that_is_no_status_is_refused_in_one_line(content, said, tmp_path):
-    path = tmp_path / "x.json"
-    path.write_bytes(content)
-    with pytest.raises(StatusError, match=said) as caught:
-        read_status(path)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        {"pid": "7"},
-        {"pid": True},
-        {"layers": {}},
-        {"layers": [{"name": 3}]},
-        {"layers": [{"name": "a", "counts_E": [1, None]}]},
-        {"gpu": []},
-        {"mood": 1},
-        {"progress": {"step": 1.5}},
-    ],
-)
-def test_a_field_of_a_wrong_type_is_refused(damage, tmp_path):
-    path = tmp_path / "x.json"
-    path.write_text(json.dumps({**json.loads(a_status().to_json()), **damage}))
-    with pytest.raises(StatusError, match="damaged"):
-        read_status(path)
-
-
-def test_a_missing_file_and_a_folder_are_refused(tmp_path):
-    with pytest.raises(StatusError, match="No such file"):
-        read_status(tmp_path / "none.json")
-    with pytest.raises(StatusError, match="no file of a job"):
-        read_status(tmp_path)
-    os.mkfifo(tmp_path / "pipe.json")
-    with pytest.raises(StatusError, match="no file of a job"):
-        read_status(tmp_path / "pipe.json")
-
-
-def test_jobs_are_listed_running_first_and_chosen_by_pid(own_folder):
-    own_folder.mkdir()
-    for name, status in {"a": a_status(ended=True), "b": a_status(name="runs")}.items():
-        (own_folder / f"{name}.json").write_text(status.to_json())
-    (own_folder / "c.json").write_text("?")
-    jobs, remarks = find_jobs()
-    assert [job.state for job in jobs] == ["running", "ended"]
-    assert len(remarks) == 1
-    assert choose_job(jobs).name == "runs"
-    assert choose_job([]) is None
-    with pytest.raises(StatusError, match=f"no job with pid 1 .*{os.getpid()}"):
-        choose_job(jobs, 1)
-
-
-def test_without_a_runtime_folder_jobs_publish_in_the_cache_folder(monkeypatch, tmp_path):
-    monkeypatch.delenv("XDG_RUNTIME_DIR")
-    monkeypatch.setenv("MOE_GPU_CACHE", str(tmp_path / "cache"))
-    with publish(make_model()) as publisher:
-        assert publisher.path.parent == live_directory() == tmp_path / "cache" / "live"
-        assert publisher.path.parent.stat().st_mode & 0o777 == 0o700
 
 
 class Meter:

@@ -30,3 +30,12 @@ def empty_table(tmp_path, monkeypatch):
     tile_table.forget_tables()
     yield tile_table.cache_path(H200)
     tile_table.forget_tables()
+
+
+@pytest.fixture(name="cache", autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """Where it is imported: no user's tables or calibrations, and none left behind."""
+    monkeypatch.setenv("MOE_GPU_CACHE", str(tmp_path / "cache"))
+    tile_table.forget_tables()
+    yield tmp_path / "cache"
+    tile_table.forget_tables()
