@@ -19,7 +19,16 @@ from moe_gpu.expert_cache.policies import PrefetchGate
 from moe_gpu.expert_cache.simulate import simulate
 from moe_gpu.model import AdvancedMoELayer, set_hbm_budget
 from moe_gpu.profiler import RoutingTrace
-from tests.cache_cases import LateLane, Stack, no_grad, same_bits, spy_on_reads, stacks, twins, use_late_lane  # noqa: F401 fixtures
+from tests.cache_cases import (
+    LateLane,
+    Stack,
+    no_grad,  # noqa: F401 a fixture
+    same_bits,
+    spy_on_reads,
+    stacks,
+    twins,
+    use_late_lane,
+)
 from tests.test_model import VARIANTS
 
 pytestmark = pytest.mark.usefixtures("no_grad")

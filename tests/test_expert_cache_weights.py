@@ -10,7 +10,13 @@ import pytest
 import torch
 
 from moe_gpu.expert_cache import ExpertCache, HbmBudgetError
-from tests.cache_cases import LateLane, no_grad, same_bits, spy_on_reads, stacks, twins, use_late_lane  # noqa: F401 fixtures
+from tests.cache_cases import (
+    no_grad,  # noqa: F401 a fixture
+    same_bits,
+    spy_on_reads,
+    twins,
+    use_late_lane,
+)
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 

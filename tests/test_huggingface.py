@@ -16,16 +16,14 @@ from moe_gpu import ExpertProfiler, enable
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("transformers.integrations.moe", reason="this transformers has no experts interface")
 
-from tests.huggingface_cases import (  # noqa: E402, F401 fixtures
+from tests.huggingface_cases import (  # noqa: E402
     FUSED,
     MODELS,
     check_error_rule,
-    check_fp8_error_rule,
     check_outcome,
     experts_of,
-    make_fp8,
     make_model,
-    one_thread,
+    one_thread,  # noqa: F401 a fixture
     prompt,
     routes,
     run,

@@ -14,21 +14,17 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 pytest.importorskip("transformers.integrations.moe", reason="this transformers has no experts interface")
 
 from moe_gpu.huggingface import features  # noqa: E402 they need transformers
-from tests.huggingface_cases import (  # noqa: E402, F401 fixtures
-    FUSED,
-    MODELS,
-    check_error_rule,
+from tests.huggingface_cases import (  # noqa: E402
     check_fp8_error_rule,
     check_outcome,
     experts_of,
     make_fp8,
     make_model,
-    one_thread,
+    one_thread,  # noqa: F401 a fixture
     prompt,
     routes,
     run,
     serve,
-    zeros_forward,
 )
 
 

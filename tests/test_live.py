@@ -20,7 +20,15 @@ from moe_gpu.live.status import LayerLoad, find_jobs, read_status
 from moe_gpu.nvml import SLOWED, GpuLostError, NotSupportedError, Sample
 from moe_gpu.slices.plan import GPUSlice
 from tests.energy_cases import with_fake_nvml
-from tests.live_cases import EXPERTS, TOP_K, a_status, folder_of_jobs, make_model, step, wait_while  # noqa: F401 fixtures
+from tests.live_cases import (
+    EXPERTS,
+    TOP_K,
+    a_status,
+    folder_of_jobs,  # noqa: F401 a fixture
+    make_model,
+    step,
+    wait_while,
+)
 from tests.training_cases import ROOT
 
 

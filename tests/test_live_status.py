@@ -12,7 +12,11 @@ from moe_gpu import publish
 from moe_gpu.live import publisher as publishing
 from moe_gpu.live.figures import summary
 from moe_gpu.live.status import Energy, LayerLoad, StatusError, choose_job, find_jobs, live_directory, read_status
-from tests.live_cases import EXPERTS, TOP_K, a_status, folder_of_jobs, make_model, step, wait_while  # noqa: F401 fixtures
+from tests.live_cases import (
+    a_status,
+    folder_of_jobs,  # noqa: F401 a fixture
+    make_model,
+)
 
 
 def test_states():
