@@ -3,7 +3,8 @@
 bf16, ids and weights given: sorting the routes, experts, combine. Each table is interleaved in this process with a cold
 L2: `training` (forward and forward+backward, peak memory; beside them `bmm`, the two or six matrix products over equal
 groups as cuBLAS batched products, without gather, activation or combine), `decode` and `skew` (CUDA graphs that rotate
-copies of the weights, beside vLLM's experts and OpenAI's triton_kernels), `large_skew` (eager, ours alone, with uniform
+copies of the weights, beside vLLM's experts and OpenAI's triton_kernels), `others` (as `decode`, experts as wide as
+those of models that no rule or table of tiles was measured on), `large_skew` (eager, ours alone, with uniform
 routing in turn), `fp8` (weights in FP8 beside the same in bf16, in such graphs: by the rules, and by each way
 there is), `budget` (the same on fewer SMs, each for a second by itself, with the clock meanwhile), `precision` (are
 repeats equal bit for bit) and `routing` (what choosing and sorting take, and their share of the whole). `--table` runs
@@ -48,7 +49,7 @@ from moe_gpu.reference import ExpertWeights, QuantisedExperts, sort_routes_refer
 from moe_gpu.results import Finding, Row, percentile, write_rows
 from moe_gpu.triton_kernels.ops import TritonExpertOps
 
-TABLES = ("training", "decode", "skew", "large_skew", "fp8", "budget", "precision", "routing")
+TABLES = ("training", "decode", "others", "skew", "large_skew", "fp8", "budget", "precision", "routing")
 QWEN, MIXTRAL, OLMOE, DEEPSEEK = "qwen3-30b-a3b", "mixtral-8x7b", "olmoe-1b-7b", "deepseek-v3"
 TRAINING = [
     (QWEN, PRESETS[QWEN], 16384),
@@ -65,6 +66,14 @@ DECODE = [
     (DEEPSEEK, PRESETS[DEEPSEEK], (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096)),
 ]
 PEER_SIZES = (1, 8, 64, 256, 512, 1024, 4096)  # each size may cost a peer a compilation
+OTHERS = [
+    ("h4096-i1536-e128-k8", MoEConfig(4096, 4096, 1536, 128, 8), PEER_SIZES),  # Qwen3-235B-A22B
+    ("h2880-i2880-e32-k4", MoEConfig(2880, 2880, 2880, 32, 4), PEER_SIZES),  # gpt-oss-20b, without its biases
+    ("h2048-i512-e512-k10", MoEConfig(2048, 2048, 512, 512, 10), PEER_SIZES),  # Qwen3-Next-80B-A3B
+    ("h2048-i1408-e64-k6", MoEConfig(2048, 2048, 1408, 64, 6), PEER_SIZES),  # DeepSeek-V2-Lite
+    ("h5120-i8192-e16-k1", MoEConfig(5120, 5120, 8192, 16, 1), PEER_SIZES),  # Llama-4-Scout
+    ("h4096-i6400-e16-k2", MoEConfig(4096, 4096, 6400, 16, 2), PEER_SIZES),  # Phi-3.5-MoE
+]
 ROUTINGS = ("uniform", "zipf-1.2")
 SKEWS = ("zipf-0.6", "zipf-1.2", "one-expert")
 SKEW = [
@@ -241,13 +250,21 @@ class GraphBench:
 
 
 def decode(recorder: Recorder, ops: TritonExpertOps) -> None:
-    in_graphs(
-        recorder, ops, [(name, config, [(tokens, "uniform") for tokens in sizes]) for name, config, sizes in DECODE]
-    )
+    in_graphs(recorder, ops, uniform(DECODE))
+
+
+def others(recorder: Recorder, ops: TritonExpertOps) -> None:
+    in_graphs(recorder, ops, uniform(OTHERS))
 
 
 def skew(recorder: Recorder, ops: TritonExpertOps) -> None:
     in_graphs(recorder, ops, SKEW)
+
+
+def uniform(
+    table: Sequence[tuple[str, MoEConfig, Sequence[int]]],
+) -> list[tuple[str, MoEConfig, list[tuple[int, str]]]]:
+    return [(name, config, [(tokens, "uniform") for tokens in sizes]) for name, config, sizes in table]
 
 
 def in_graphs(

@@ -66,7 +66,17 @@ def install(monkeypatch, name, **attributes):
 
 
 def test_arguments_and_a_machine_without_a_gpu_end_in_one_line(scripts, tmp_path, monkeypatch, capsys):
-    assert scripts.run.TABLES == ("training", "decode", "skew", "large_skew", "fp8", "budget", "precision", "routing")
+    assert scripts.run.TABLES == (
+        "training",
+        "decode",
+        "others",
+        "skew",
+        "large_skew",
+        "fp8",
+        "budget",
+        "precision",
+        "routing",
+    )
     assert all(callable(getattr(scripts.run, name)) for name in scripts.run.TABLES)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for arguments, said in (([], "needs an NVIDIA GPU"), (["--table", "encode"], "invalid choice: 'encode'")):

@@ -225,7 +225,7 @@ _SHARED_BYTES = {
 }
 # Up to so many tokens, rows an expert that `decode_forward_hopper` serves, by what it and two products took on an H200,
 # uniform and skewed (docs/kernels.md): it gains until items wait for the L2, the sooner the more rows there are.
-HOPPER_DECODE_MOST_ROWS = {256: 48, 512: 24}
+HOPPER_DECODE_MOST_ROWS = {256: 48, 1024: 32}
 FOLDED_DEPTH = 4096
 # Exact float32 runs on the plain cores: small tiles, whatever the load.
 _FLOAT32 = GemmConfig(32, 32, 32, 4, 2, programs_per_sm=4)
@@ -354,8 +354,8 @@ def hopper_decode_config(
     More rows in a tile than experts have cost stages, fewer cost reading weights again. Folding makes items even and
     pays where one is still many stages long, or where there are hardly more items than SMs.
     """
-    if num_rows > 24 * num_experts or (num_rows > 4 * num_experts and num_tokens > 256):
-        return HopperDecodeConfig(rows=64, up_fold=1, down_fold=1, stages=3)
+    if num_rows > 16 * num_experts or (num_rows > 4 * num_experts and num_tokens > 256):
+        return HopperDecodeConfig(rows=64, up_fold=1, down_fold=1, stages=4, height=128)
     if num_rows > 4 * num_experts:
         return HopperDecodeConfig(rows=32, up_fold=1, down_fold=1, stages=4)
     up_fold, down_fold = (2 if depth >= FOLDED_DEPTH else 1 for depth in (input_dim, hidden_dim))
