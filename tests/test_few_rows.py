@@ -67,7 +67,8 @@ def test_below_a_row_for_each_second_expert_the_rule_serves_few_rows(table_file)
         Entry(CELL, ((LAUNCH, 0.25),)),
         Entry(DECODE_CELL, ((replace(LAUNCH, rows=24), 0.25),)),
         Entry(DECODE_CELL, ((replace(LAUNCH, up_fold=3), 0.25),)),
-        Entry(DECODE_CELL, ((replace(LAUNCH, height=256), 0.25),)),
+        Entry(DECODE_CELL, ((replace(LAUNCH, up_fold=1, height=256), 0.25),)),
+        Entry(DECODE_CELL, ((replace(LAUNCH, height=128), 0.25),)),
     ],
     ids=("a product's tile", "of a product", "24 rows", "three folds", "256 weight rows"),
 )

@@ -276,8 +276,12 @@ def _experts_backward(grad_out, *arguments):
     if drop_h:  # autograd holds them to the end of this call, while the gradients of the weights take their memory
         for kept in (h, h2):
             kept.untyped_storage().resize_(0)
+    assert partials is not None  # gathered, so there are some
+    # First what takes little: its sums, like the rows of x's gradient, are gone before the weights' take memory.
+    grad_weights = weight_gradient(partials, o.row_of_route, o.ids, grad_out, o.down_bias)
+    del partials
     grad_x = None
-    if need_x:  # first: its rows are gone again before the gradients of the weights take memory
+    if need_x:
         grad_rows, _ = products.forward("grad_x", grad_h, o.up.transpose(1, 2))
         grad_x = combine_forward(grad_rows, o.row_of_route, None, o.x.dtype)
         del grad_rows
@@ -295,8 +299,6 @@ def _experts_backward(grad_out, *arguments):
         grad_up = products.grad_w(grad_h, o.x, o.up, **gather)
         if o.up_bias is not None:
             grad_up_bias = grad_bias(grad_h, o.up_bias, o.offsets)
-    assert partials is not None  # gathered, so there are some
-    grad_weights = weight_gradient(partials, o.row_of_route, o.ids, grad_out, o.down_bias)
     grads = (grad_x, grad_weights, grad_up, grad_down, grad_mid, grad_up_bias, grad_mid_bias, grad_down_bias)
     return tuple(o.absent() if grad is None else grad for grad in grads)
 

@@ -28,22 +28,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from moe_gpu.config import ACTIVATIONS
 from moe_gpu.triton_kernels.counters import Counters
 from moe_gpu.triton_kernels.grouped_gemm import row_contiguous
-from moe_gpu.triton_kernels.hopper_common import (
-    accumulator_layout,
-    activate,
-    claimed_tile,
-    matrix,
-    new_barriers,
-    new_queue,
-    piece_layout,
-)
+from moe_gpu.triton_kernels.hopper_common import accumulator_layout, activate, matrix, new_barriers, piece_layout
 from moe_gpu.triton_kernels.hopper_decode_producers import (
     BOX_K,
+    NONE,
     STAGE_ROWS,
-    count_items,
-    expert_bounds,
-    place_of_item,
+    UP,
+    new_item_queue,
     rows_producer,
+    take_item,
     thread_barrier,
     weights_producer,
 )
@@ -54,9 +47,19 @@ _COUNTERS = Counters()
 
 
 @gluon.jit
-def _sums(w_ring, x_ring, sums, full, empty, step, K, FOLD: gl.constexpr, STAGES: gl.constexpr, COUNT: gl.constexpr):
-    """An item's sums into `sums`; where the other projection has more folds, its columns hold what they happen to."""
-    HEIGHT: gl.constexpr = sums.shape[0]
+def _multiply(
+    w_ring,
+    x_ring,
+    full,
+    empty,
+    step,
+    K,
+    HEIGHT: gl.constexpr,
+    FOLD: gl.constexpr,
+    STAGES: gl.constexpr,
+    COUNT: gl.constexpr,
+):
+    """An item's sums; where the other projection has more folds, its columns hold what they happen to."""
     COLUMNS: gl.constexpr = x_ring.shape[1] // COUNT
     acc = warpgroup_mma_init(gl.zeros((HEIGHT, COLUMNS), gl.float32, layout=accumulator_layout(COLUMNS)))
     for _ in range(0, K, FOLD * COUNT * BOX_K):
@@ -70,8 +73,7 @@ def _sums(w_ring, x_ring, sums, full, empty, step, K, FOLD: gl.constexpr, STAGES
         acc = warpgroup_mma_init(warpgroup_mma_wait(num_outstanding=0, deps=(acc,)))
         mbarrier.arrive(empty.index(stage), count=1)
         step += 1
-    sums.slice(0, COLUMNS, dim=1).store(warpgroup_mma_wait(num_outstanding=0, deps=(acc,)))
-    return step
+    return warpgroup_mma_wait(num_outstanding=0, deps=(acc,)), step
 
 
 @gluon.jit
@@ -85,7 +87,63 @@ def _unfolded(sums, at, COLUMNS: gl.constexpr, ROWS: gl.constexpr, FOLD: gl.cons
 
 
 @gluon.jit
+def _upper_lower(x):
+    """The first and the last 64 of 128 rows; with the tensor cores' layout this moves nothing."""
+    return gl.split(gl.permute(gl.reshape(x, (2, 64, x.shape[1])), (1, 2, 0)))
+
+
+@gluon.jit
+def _with_bias(x, bias_ptr, row, n, N, HAS_BIAS: gl.constexpr):
+    """x plus what row `row` of N biases has for its rows, the columns n of the output."""
+    if HAS_BIAS:
+        x += gl.expand_dims(gl.load(bias_ptr + (row * N + n), mask=n < N, other=0.0).to(gl.float32), 1)
+    return x
+
+
+@gluon.jit
 def _finish(
+    acc,
+    sums,
+    out_ptr,
+    bias_ptr,
+    expert,
+    column,
+    first,
+    last,
+    N,
+    FUNCTION: gl.constexpr,
+    HALVES: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    ROWS: gl.constexpr,
+    FOLD: gl.constexpr,
+):
+    """Bias, activation and store of an item's sums: rows `first` to `last`, columns from `column` on, of N.
+
+    They go through shared memory, of which there are 64 weight rows.
+    """
+    part = sums.slice(0, acc.shape[1], dim=1)
+    if acc.shape[0] == 64:
+        part.store(acc)
+        _store(
+            sums, out_ptr, bias_ptr, expert, column, first, last, N, FUNCTION, HALVES, HAS_BIAS, ROWS, FOLD
+        )  # fmt: skip
+    else:
+        gl.static_assert(FOLD == 1)
+        upper, lower = _upper_lower(acc)
+        if HALVES == 2:  # each gate meets its up in one thread
+            n = column + gl.arange(0, 64, layout=gl.SliceLayout(1, upper.type.layout))
+            gate = activate(_with_bias(upper, bias_ptr, 2 * expert, n, N, HAS_BIAS), FUNCTION)
+            part.store(gate * _with_bias(lower, bias_ptr, 2 * expert + 1, n, N, HAS_BIAS))
+            _store(sums, out_ptr, bias_ptr, expert, column, first, last, N, "none", 1, False, ROWS, 1)
+        else:
+            part.store(upper)
+            _store(sums, out_ptr, bias_ptr, expert, column, first, last, N, FUNCTION, 1, HAS_BIAS, ROWS, 1)
+            part.store(lower)
+            _store(sums, out_ptr, bias_ptr, expert, column + 64, first, last, N, FUNCTION, 1, HAS_BIAS, ROWS, 1)
+
+
+@gluon.jit
+def _store(
     sums,
     out_ptr,
     bias_ptr,
@@ -105,17 +163,14 @@ def _finish(
     layout: gl.constexpr = gl.BlockedLayout([1, 1], [16, 2], [1, 4], [0, 1])
     n = column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(1, layout))
     row = first + gl.arange(0, ROWS, layout=gl.SliceLayout(0, layout))
-    value = _unfolded(sums, 0, COLUMNS, ROWS, FOLD, layout)
-    if HAS_BIAS:
-        bias = bias_ptr + expert * (HALVES * N) + n
-        value += gl.expand_dims(gl.load(bias, mask=n < N, other=0.0).to(gl.float32), 1)
+    value = _with_bias(
+        _unfolded(sums, 0, COLUMNS, ROWS, FOLD, layout), bias_ptr, HALVES * expert, n, N, HAS_BIAS
+    )  # fmt: skip
     if FUNCTION != "none":
         value = activate(value, FUNCTION)
     if HALVES == 2:
         up = _unfolded(sums, COLUMNS, COLUMNS, ROWS, FOLD, layout)
-        if HAS_BIAS:
-            up += gl.expand_dims(gl.load(bias + N, mask=n < N, other=0.0).to(gl.float32), 1)
-        value *= up
+        value *= _with_bias(up, bias_ptr, 2 * expert + 1, n, N, HAS_BIAS)
     out = out_ptr + (gl.expand_dims(row.to(gl.int64) * N, 0) + gl.expand_dims(n, 1))
     inside = gl.expand_dims(row < last, 0) & gl.expand_dims(n < N, 1)
     gl.store(out, value.to(out_ptr.dtype.element_ty), mask=inside)
@@ -123,12 +178,11 @@ def _finish(
 
 @gluon.jit
 def _compute(
-    item,
-    each,
-    e,
-    start,
-    end,
-    ends,
+    expert,
+    number,
+    first,
+    last,
+    tall,
     w_ring,
     x_ring,
     sums,
@@ -145,36 +199,28 @@ def _compute(
     ROWS: gl.constexpr,
     FOLD: gl.constexpr,
     STAGES: gl.constexpr,
+    HEIGHT: gl.constexpr,
     TALL: gl.constexpr,
 ):
-    """An item of a projection from its stages to its rows of the output. Steps so far, and its row tile."""
-    PANELS: gl.constexpr = STAGE_ROWS // sums.shape[0]
-    SHARE: gl.constexpr = sums.shape[0] // FOLD // HALVES
-    if TALL:
-        expert, tile, number, first, last, tall = place_of_item(e, start, end, ends, item, each, ROWS, TALL)
-        column = number * SHARE
-        if tall:
-            step = _sums(w_ring, x_ring, sums, full, empty, step, K, FOLD, STAGES, PANELS // 2)
-            _finish(
-                sums, out_ptr, bias_ptr, expert, column, first, last, N, FUNCTION, HALVES, HAS_BIAS, 2 * ROWS, FOLD
-            )  # fmt: skip
-        else:
-            step = _sums(w_ring, x_ring, sums, full, empty, step, K, FOLD, STAGES, PANELS)
-            _finish(sums, out_ptr, bias_ptr, expert, column, first, last, N, FUNCTION, HALVES, HAS_BIAS, ROWS, FOLD)
+    """An item of a projection from its stages to its rows of the output. Steps so far."""
+    PANELS: gl.constexpr = STAGE_ROWS // HEIGHT
+    column = number * (HEIGHT // FOLD // HALVES)
+    if TALL and tall == 1:
+        twice, step = _multiply(w_ring, x_ring, full, empty, step, K, HEIGHT, FOLD, STAGES, PANELS // 2)
+        _finish(
+            twice, sums, out_ptr, bias_ptr, expert, column, first, last, N,
+            FUNCTION, HALVES, HAS_BIAS, 2 * ROWS, FOLD,
+        )  # fmt: skip
     else:
-        step = _sums(w_ring, x_ring, sums, full, empty, step, K, FOLD, STAGES, PANELS)
-        # Only now, when all of the ring is free to be filled again.
-        expert, tile, number, first, last, _ = place_of_item(e, start, end, ends, item, each, ROWS, TALL)
-        column = number * SHARE
-        _finish(sums, out_ptr, bias_ptr, expert, column, first, last, N, FUNCTION, HALVES, HAS_BIAS, ROWS, FOLD)
-    return step, tile
+        acc, step = _multiply(w_ring, x_ring, full, empty, step, K, HEIGHT, FOLD, STAGES, PANELS)
+        _finish(acc, sums, out_ptr, bias_ptr, expert, column, first, last, N, FUNCTION, HALVES, HAS_BIAS, ROWS, FOLD)
+    return step
 
 
 @gluon.jit
 def _consumer(
     a_ptr,
     y_ptr,
-    offsets_ptr,
     state_ptr,
     up_bias_ptr,
     down_bias_ptr,
@@ -186,7 +232,6 @@ def _consumer(
     queue,
     published,
     taken,
-    E,
     H,
     I,  # noqa: E741
     O,  # noqa: E741
@@ -194,36 +239,32 @@ def _consumer(
     HALVES: gl.constexpr,
     UP_BIAS: gl.constexpr,
     DOWN_BIAS: gl.constexpr,
-    BLOCK_E: gl.constexpr,
     ROWS: gl.constexpr,
     UP_FOLD: gl.constexpr,
     DOWN_FOLD: gl.constexpr,
     STAGES: gl.constexpr,
+    HEIGHT: gl.constexpr,
     TALL: gl.constexpr,
 ):
     """Multiplies and finishes every claimed item, and counts those of the up projection as done."""
-    e, start, end = expert_bounds(offsets_ptr, E, BLOCK_E)
-    ends, ups, downs, num_up, total = count_items(
-        start, end, I, O, ROWS, HALVES, UP_FOLD, DOWN_FOLD, sums.shape[0], TALL
-    )
     step = 0
-    turn = 1
-    item = claimed_tile(queue, published, taken, 0)
-    while item < total:
-        if item < num_up:
-            step, tile = _compute(
-                item, ups, e, start, end, ends, w_ring, x_ring, sums, full, empty, step, a_ptr, up_bias_ptr, I, H,
-                FUNCTION, HALVES, UP_BIAS, ROWS, UP_FOLD, STAGES, TALL,
+    turn = 0
+    which, expert, tile, number, first, last, tall = take_item(queue, published, taken, turn)
+    while which != NONE:
+        if which == UP:
+            step = _compute(
+                expert, number, first, last, tall, w_ring, x_ring, sums, full, empty, step, a_ptr, up_bias_ptr, I, H,
+                FUNCTION, HALVES, UP_BIAS, ROWS, UP_FOLD, STAGES, HEIGHT, TALL,
             )  # fmt: skip
             thread_barrier()  # all of the warpgroup's stores come before the count
             gl.atomic_add(state_ptr + 1 + tile, 1, sem="release")
         else:
-            step, _ = _compute(
-                item - num_up, downs, e, start, end, ends, w_ring, x_ring, sums, full, empty, step, y_ptr,
-                down_bias_ptr, O, I, "none", 1, DOWN_BIAS, ROWS, DOWN_FOLD, STAGES, TALL,
+            step = _compute(
+                expert, number, first, last, tall, w_ring, x_ring, sums, full, empty, step, y_ptr, down_bias_ptr, O, I,
+                "none", 1, DOWN_BIAS, ROWS, DOWN_FOLD, STAGES, HEIGHT, TALL,
             )  # fmt: skip
-        item = claimed_tile(queue, published, taken, turn)
         turn += 1
+        which, expert, tile, number, first, last, tall = take_item(queue, published, taken, turn)
 
 
 # Compiled for 1, so that loops were of a single turn, it read outside of shared memory on an H200.
@@ -271,26 +312,26 @@ def _decode_hopper_kernel(
     )
     # Columns change places by row, since a warp reads down a column.
     turned: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 8, [1, 0])
-    sums = gl.allocate_shared_memory(gl.float32, [1, HEIGHT, COLUMNS * (2 if TALL else 1)], turned).index(0)
+    sums = gl.allocate_shared_memory(gl.float32, [1, 64, COLUMNS * (2 if TALL else 1)], turned).index(0)
     full = new_barriers(STAGES, 1 + 32 * ROW_WARPS)  # the weights' bytes, and each thread's copies of rows
     empty = new_barriers(STAGES, 1)
-    queue, published, taken = new_queue(True, full)
+    queue, published, taken = new_item_queue()
     fence_async_shared()
     wait_for_previous(PDL)
     gl.warp_specialize(
         [
             (_consumer, (
-                a_ptr, y_ptr, offsets_ptr, state_ptr, up_bias_ptr, down_bias_ptr, w_ring, x_ring, sums, full, empty,
-                queue, published, taken, E, H, I, O,
-                FUNCTION, HALVES, UP_BIAS, DOWN_BIAS, BLOCK_E, ROWS, UP_FOLD, DOWN_FOLD, STAGES, TALL,
+                a_ptr, y_ptr, state_ptr, up_bias_ptr, down_bias_ptr, w_ring, x_ring, sums, full, empty,
+                queue, published, taken, H, I, O,
+                FUNCTION, HALVES, UP_BIAS, DOWN_BIAS, ROWS, UP_FOLD, DOWN_FOLD, STAGES, HEIGHT, TALL,
             )),
             (weights_producer, (
                 up_desc, down_desc, offsets_ptr, state_ptr, w_ring, full, empty, queue, published, taken,
                 E, H, I, O, HALVES, BLOCK_E, ROWS, UP_FOLD, DOWN_FOLD, STAGES, HEIGHT, TALL,
             )),
             (rows_producer, (
-                x_ptr, a_ptr, route_ptr, offsets_ptr, state_ptr, x_ring, full, empty, queue, published, taken,
-                E, H, I, O, x_stride, TOP_K, HALVES, BLOCK_E, ROWS, UP_FOLD, DOWN_FOLD, STAGES, HEIGHT, TALL,
+                x_ptr, a_ptr, route_ptr, state_ptr, x_ring, full, empty, queue, published, taken,
+                H, I, O, x_stride, TOP_K, HALVES, ROWS, UP_FOLD, DOWN_FOLD, STAGES, HEIGHT, TALL,
             )),
         ],
         [1, ROW_WARPS],
@@ -355,7 +396,7 @@ def decode_forward_hopper(
         STAGES=config.stages,
         HEIGHT=config.height,
         # Tokens no more than a tile's rows: no expert has more, unless a token chose it twice.
-        TALL=config.height == 64 and x_TH.shape[0] > config.rows,
+        TALL=x_TH.shape[0] > config.rows,
         num_warps=4,
         **pdl_options(x_TH.device),
     )

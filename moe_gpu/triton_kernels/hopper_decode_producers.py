@@ -7,13 +7,16 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from moe_gpu.triton_kernels.hopper_common import claimed_tile, copy_load, tma_load
+from moe_gpu.triton_kernels.hopper_common import copy_load, new_barriers, tma_load
 
 # Newer releases of Triton call it otherwise.
 thread_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 
 BOX_K = gl.constexpr(64)  # 128 bytes, the widest that TMA swizzles
 STAGE_ROWS = gl.constexpr(256)  # of weights in boxes of one stage, whether above each other or side by side
+NONE, UP, DOWN = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)  # what an item is of
+ENDLESS = gl.constexpr((1 << 31) - 1)
+WORDS = gl.constexpr(7)  # that tell an item
 
 
 @gluon.jit
@@ -22,7 +25,7 @@ def _plus(a, b):
 
 
 @gluon.jit
-def expert_bounds(offsets_ptr, E, BLOCK_E: gl.constexpr):
+def _expert_bounds(offsets_ptr, E, BLOCK_E: gl.constexpr):
     """Of each expert: its number, and where its rows begin and end."""
     e = gl.arange(0, BLOCK_E, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
     start = gl.load(offsets_ptr + e, mask=e < E, other=0)
@@ -40,7 +43,7 @@ def _num_tiles(rows, ROWS: gl.constexpr, TALL: gl.constexpr):
 
 
 @gluon.jit
-def count_items(
+def _count_items(
     start,
     end,
     I,  # noqa: E741
@@ -61,42 +64,104 @@ def count_items(
 
 
 @gluon.jit
-def place_of_item(e, start, end, ends, item, each, ROWS: gl.constexpr, TALL: gl.constexpr):
+def _place_of_item(e, start, end, ends, item, each, ROWS: gl.constexpr, TALL: gl.constexpr):
     """Of an item: expert, row tile, number among the tile's `each` items, first row and end of the expert's, if tall.
 
     Of an expert with several tiles the same weights come one after the other, so that they are read once.
     """
     tiles = _num_tiles(end - start, ROWS, TALL)
     mine = (ends * each > item) & ((ends - tiles) * each <= item)
-    count = gl.max(gl.where(mine, tiles, 1), 0)
     before = gl.max(gl.where(mine, ends - tiles, 0), 0)
-    within = item - before * each
     first = gl.max(gl.where(mine, start, 0), 0)
     last = gl.max(gl.where(mine, end, 0), 0)
     expert = gl.max(gl.where(mine, e, 0), 0)
-    tall = last - first > ROWS
-    return (
-        expert,
-        before + within % count,
-        within // count,
-        first + within % count * (2 * ROWS if TALL else ROWS),
-        last,
-        tall,
+    tall = 1 if TALL and last - first > ROWS else 0
+    height = 2 * ROWS if TALL else ROWS  # one tile of an expert that is not tall, whatever its height
+    count = gl.cdiv(last - first, height)
+    within = item - before * each
+    return expert, before + within % count, within // count, first + within % count * height, last, tall
+
+
+@gluon.jit
+def _lanes():
+    return gl.arange(0, 32 * gl.num_warps(), layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+
+
+@gluon.jit
+def _count_on(counter_ptr, most):
+    """One thread counts; at `most` it begins again at 0. What was there is waited for only where it is looked at.
+
+    Of an addition the compiler makes one for all threads that may add, and then waits to tell them.
+    """
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .pred p;
+        setp.eq.s32 p, $2, 0;
+        @p atom.relaxed.gpu.global.inc.u32 $0, [$1], $3;
+        }""",
+        "=r,l,r,r",
+        [counter_ptr, _lanes(), most],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
     )
 
 
 @gluon.jit
-def _publish(item, claims_ptr, total, queue, published, taken, turn):
-    """Tell the others what was claimed. Each program makes one claim past the last item; the last of those clears."""
+def _claimed(claims):
+    """What `_count_on` found, by one warp."""
+    return gl.max(gl.where(_lanes() == 0, claims, 0), 0)
+
+
+@gluon.jit
+def _load_acquire(ptr):
+    """What others have released by an addition, and with it all that they wrote before."""
+    return gl.inline_asm_elementwise(
+        "ld.acquire.gpu.global.s32 $0, [$1];", "=r,l", [ptr], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def new_item_queue():
+    """Two places for items, and the barriers of an item told and taken by the others."""
+    queue = gl.allocate_shared_memory(gl.int32, [2 * WORDS, 1], mbarrier.MBarrierLayout())
+    return queue, new_barriers(2, 1), new_barriers(2, 2)
+
+
+@gluon.jit
+def _publish(queue, published, taken, turn, words):
+    """Tell the others an item, once they have taken the one before the last."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    gl.store(claims_ptr, 0, mask=item == total + gl.num_programs(0) - 1)
     mbarrier.wait(taken.index(turn % 2), ((turn // 2) & 1) ^ 1)
-    queue.index(turn % 2).store(gl.full([1], item, gl.int32, layout=layout))
+    for i in gl.static_range(WORDS):
+        queue.index(turn % 2 * WORDS + i).store(gl.full([1], words[i], gl.int32, layout=layout))
     mbarrier.arrive(published.index(turn % 2), count=1)
 
 
 @gluon.jit
+def _word(queue, turn, i: gl.constexpr):
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    return gl.max(queue.index(turn % 2 * WORDS + i).load(layout), 0)
+
+
+@gluon.jit
+def take_item(queue, published, taken, turn):
+    """The item that was claimed in its turn: UP, DOWN or NONE, then as `_place_of_item`."""
+    mbarrier.wait(published.index(turn % 2), (turn // 2) & 1)
+    which = _word(queue, turn, 0)
+    expert = _word(queue, turn, 1)
+    tile = _word(queue, turn, 2)
+    number = _word(queue, turn, 3)
+    first = _word(queue, turn, 4)
+    last = _word(queue, turn, 5)
+    tall = _word(queue, turn, 6)
+    mbarrier.arrive(taken.index(turn % 2), count=1)
+    return which, expert, tile, number, first, last, tall
+
+
+@gluon.jit
 def _bring_weights(
+    claims_ptr,
     desc,
     row,
     N,
@@ -112,19 +177,25 @@ def _bring_weights(
     HEIGHT: gl.constexpr,
     TALL: gl.constexpr,
 ):
-    """All of k of the weight rows from `row` on, and of those N after them if there are two halves."""
+    """All of k of the weight rows from `row` on, and of those N after them if there are two halves; the next claim.
+
+    It is made before the last stage is waited for, which takes as long.
+    """
     PANELS: gl.constexpr = STAGE_ROWS // HEIGHT
-    if not TALL:
-        step = _bring_panels(desc, row, N, K, w_ring, full, empty, step, STAGES, HALVES, FOLD, HEIGHT, PANELS)
-    elif tall:
-        step = _bring_panels(desc, row, N, K, w_ring, full, empty, step, STAGES, HALVES, FOLD, HEIGHT, PANELS // 2)
+    if TALL and tall == 1:
+        claims, step = _bring_panels(
+            claims_ptr, desc, row, N, K, w_ring, full, empty, step, STAGES, HALVES, FOLD, HEIGHT, PANELS // 2
+        )
     else:
-        step = _bring_panels(desc, row, N, K, w_ring, full, empty, step, STAGES, HALVES, FOLD, HEIGHT, PANELS)
-    return step
+        claims, step = _bring_panels(
+            claims_ptr, desc, row, N, K, w_ring, full, empty, step, STAGES, HALVES, FOLD, HEIGHT, PANELS
+        )
+    return claims, step
 
 
 @gluon.jit
 def _bring_panels(
+    claims_ptr,
     desc,
     row,
     N,
@@ -140,7 +211,10 @@ def _bring_panels(
     COUNT: gl.constexpr,
 ):
     SHARE: gl.constexpr = HEIGHT // FOLD // HALVES
+    claims = _lanes()
     for depth in range(0, K, FOLD * COUNT * BOX_K):
+        if depth + FOLD * COUNT * BOX_K >= K:
+            claims = _count_on(claims_ptr, ENDLESS)
         stage = step % STAGES
         bar = full.index(stage)
         mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
@@ -152,7 +226,7 @@ def _bring_panels(
                 )
                 tma_load(desc, [row + half * N, depth + box * BOX_K], bar, place)
         step += 1
-    return step
+    return claims, step
 
 
 @gluon.jit
@@ -181,28 +255,35 @@ def weights_producer(
     TALL: gl.constexpr,
 ):
     """Claims items and brings their weights."""
-    e, start, end = expert_bounds(offsets_ptr, E, BLOCK_E)
-    item = gl.atomic_add(state_ptr, 1, sem="relaxed")
-    ends, ups, downs, num_up, total = count_items(start, end, I, O, ROWS, HALVES, UP_FOLD, DOWN_FOLD, HEIGHT, TALL)
-    _publish(item, state_ptr, total, queue, published, taken, 0)
+    e, start, end = _expert_bounds(offsets_ptr, E, BLOCK_E)
+    claims = _count_on(state_ptr, ENDLESS)
+    ends, ups, downs, num_up, total = _count_items(start, end, I, O, ROWS, HALVES, UP_FOLD, DOWN_FOLD, HEIGHT, TALL)
+    item = _claimed(claims)
     step = 0
-    turn = 1
+    turn = 0
     while item < total:
-        if item < num_up:
-            expert, _, number, _, _, tall = place_of_item(e, start, end, ends, item, ups, ROWS, TALL)
+        up = item < num_up
+        within = item if up else item - num_up
+        expert, tile, number, first, last, tall = _place_of_item(
+            e, start, end, ends, within, ups if up else downs, ROWS, TALL
+        )
+        _publish(queue, published, taken, turn, (UP if up else DOWN, expert, tile, number, first, last, tall))
+        if up:
             row = expert * (HALVES * I) + number * (HEIGHT // UP_FOLD // HALVES)
-            step = _bring_weights(
-                up_desc, row, I, H, tall, w_ring, full, empty, step, STAGES, HALVES, UP_FOLD, HEIGHT, TALL
-            )
+            claims, step = _bring_weights(
+                state_ptr, up_desc, row, I, H, tall, w_ring, full, empty, step,
+                STAGES, HALVES, UP_FOLD, HEIGHT, TALL,
+            )  # fmt: skip
         else:
-            expert, _, number, _, _, tall = place_of_item(e, start, end, ends, item - num_up, downs, ROWS, TALL)
             row = expert * O + number * (HEIGHT // DOWN_FOLD)
-            step = _bring_weights(
-                down_desc, row, O, I, tall, w_ring, full, empty, step, STAGES, 1, DOWN_FOLD, HEIGHT, TALL
+            claims, step = _bring_weights(
+                state_ptr, down_desc, row, O, I, tall, w_ring, full, empty, step, STAGES, 1, DOWN_FOLD, HEIGHT, TALL
             )
-        item = gl.atomic_add(state_ptr, 1, sem="relaxed")
-        _publish(item, state_ptr, total, queue, published, taken, turn)
+        item = _claimed(claims)
         turn += 1
+    # Each program claims one past the last item; the last of those clears.
+    gl.store(state_ptr, 0, mask=item == total + gl.num_programs(0) - 1)
+    _publish(queue, published, taken, turn, (NONE, 0, 0, 0, 0, 0, 0))
 
 
 @gluon.jit
@@ -237,11 +318,7 @@ def _bring_rows(
 ):
     """All of k of the rows from `first` on."""
     PANELS: gl.constexpr = STAGE_ROWS // HEIGHT
-    if not TALL:
-        step = _bring_tile(
-            rows_ptr, route_ptr, first, last, stride, K, x_ring, full, empty, step, TOP_K, ROWS, FOLD, STAGES, PANELS
-        )
-    elif tall:
+    if TALL and tall == 1:
         step = _bring_tile(
             rows_ptr, route_ptr, first, last, stride, K, x_ring, full, empty, step,
             TOP_K, 2 * ROWS, FOLD, STAGES, PANELS // 2,
@@ -313,7 +390,6 @@ def rows_producer(
     x_ptr,
     a_ptr,
     route_ptr,
-    offsets_ptr,
     state_ptr,
     x_ring,
     full,
@@ -321,14 +397,12 @@ def rows_producer(
     queue,
     published,
     taken,
-    E,
     H,
     I,  # noqa: E741
     O,  # noqa: E741
     x_stride,
     TOP_K: gl.constexpr,
     HALVES: gl.constexpr,
-    BLOCK_E: gl.constexpr,
     ROWS: gl.constexpr,
     UP_FOLD: gl.constexpr,
     DOWN_FOLD: gl.constexpr,
@@ -337,32 +411,26 @@ def rows_producer(
     TALL: gl.constexpr,
 ):
     """Brings the rows of every claimed item: tokens', or the intermediate's once it is complete."""
-    e, start, end = expert_bounds(offsets_ptr, E, BLOCK_E)
-    ends, ups, downs, num_up, total = count_items(start, end, I, O, ROWS, HALVES, UP_FOLD, DOWN_FOLD, HEIGHT, TALL)
+    ups = gl.cdiv(I, HEIGHT // UP_FOLD // HALVES)
+    downs = gl.cdiv(O, HEIGHT // DOWN_FOLD)
     step = 0
-    turn = 1
-    item = claimed_tile(queue, published, taken, 0)
-    while item < total:
-        up = item < num_up
-        each = ups if up else downs
-        _, tile, _, first, last, tall = place_of_item(
-            e, start, end, ends, item if up else item - num_up, each, ROWS, TALL
-        )
-        if up:
+    turn = 0
+    which, _, tile, _, first, last, tall = take_item(queue, published, taken, turn)
+    while which != NONE:
+        if which == UP:
             step = _bring_rows(
                 x_ptr, route_ptr, first, last, tall, x_stride, H, x_ring, full, empty, step,
                 TOP_K, ROWS, UP_FOLD, STAGES, HEIGHT, TALL,
             )  # fmt: skip
         else:
             done_ptr = state_ptr + 1 + tile
-            while gl.load(done_ptr, volatile=True) < ups:
+            while _load_acquire(done_ptr) < ups:
                 pass
             thread_barrier()  # each warp has looked, before whoever is last clears it
-            done = gl.atomic_add(done_ptr, 1, sem="acquire")
-            gl.store(done_ptr, 0, mask=done == ups + downs - 1)  # nobody else will look
+            _count_on(done_ptr, ups + downs - 1)  # nobody else will look after the last
             step = _bring_rows(
                 a_ptr, route_ptr, first, last, tall, I, I, x_ring, full, empty, step,
                 0, ROWS, DOWN_FOLD, STAGES, HEIGHT, TALL,
             )  # fmt: skip
-        item = claimed_tile(queue, published, taken, turn)
         turn += 1
+        which, _, tile, _, first, last, tall = take_item(queue, published, taken, turn)

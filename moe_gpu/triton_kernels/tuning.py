@@ -77,7 +77,7 @@ class HopperConfig:
 class HopperDecodeConfig:
     """Of `hopper_decode.py`: tiles of `rows` rows of an expert against height // fold weight rows, and stages of both.
 
-    height: 64 or 128. Of 64, an expert with more rows has tiles of twice as many; of 128, stages are half as deep.
+    An expert with more rows has tiles of twice as many. height: 64, or 128 without folds, in stages half as deep.
     """
 
     rows: int
@@ -98,8 +98,8 @@ class HopperDecodeConfig:
 
     @property
     def sums_bytes(self) -> int:
-        """Of float32 sums, of a tile of twice the rows if there may be one."""
-        return 4 * self.height * self.columns * (2 if self.height == 64 else 1)
+        """Of float32 sums of 64 weight rows of a tile of twice the rows."""
+        return 4 * 64 * self.columns * 2
 
 
 @dataclass(frozen=True)
