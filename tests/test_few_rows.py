@@ -14,6 +14,7 @@ from moe_gpu.triton_kernels import tile_table
 from moe_gpu.triton_kernels.tile_table import Cell, Entry, choose_decode
 from moe_gpu.triton_kernels.tuning import (
     HOPPER_DECODE_MOST_ROWS,
+    HOPPER_DECODE_MOST_TOKENS,
     HOPPER_SHARED_BYTES,
     HopperDecodeConfig,
     TwoProducts,
@@ -43,10 +44,10 @@ def test_a_table_says_whether_few_rows_go_by_one_launch_and_by_which_tile(table_
 
 
 def test_two_products_serve_where_they_were_faster_and_beyond_the_rules_bounds(table_file):
-    for tokens, rows in HOPPER_DECODE_MOST_ROWS.items():
-        assert choose_few(tokens=tokens, num_rows=128 * rows).tile is not None
-        assert choose_few(tokens=tokens, num_rows=128 * rows + 1).tile is None
-        assert choose_few(tokens=tokens + 1, num_rows=128 * rows).tile is None
+    tokens, rows = HOPPER_DECODE_MOST_TOKENS, HOPPER_DECODE_MOST_ROWS
+    assert choose_few(tokens=tokens, num_rows=128 * rows).tile is not None
+    assert choose_few(tokens=tokens, num_rows=128 * rows + 1).tile is None
+    assert choose_few(tokens=tokens + 1, num_rows=128 * rows).tile is None
     tile_table.write_table(table_file, table_of(Entry(DECODE_CELL, ((TwoProducts(), 0.25), (LAUNCH, 0.5)))))
     tile_table.forget_tables()
     assert choose_few().tile is None
@@ -70,7 +71,7 @@ def test_below_a_row_for_each_second_expert_the_rule_serves_few_rows(table_file)
         Entry(DECODE_CELL, ((replace(LAUNCH, up_fold=1, height=256), 0.25),)),
         Entry(DECODE_CELL, ((replace(LAUNCH, height=128), 0.25),)),
     ],
-    ids=("a product's tile", "of a product", "24 rows", "three folds", "256 weight rows"),
+    ids=("a product's tile", "of a product", "24 rows", "three folds", "256 weight rows", "folds of 128"),
 )
 def test_a_damaged_entry_of_few_rows_is_a_warning(entry, table_file, caplog):
     tile_table.write_table(table_file, table_of(entry))
@@ -106,7 +107,7 @@ def test_inference_with_few_rows_is_explained_as_the_decode_path(table_file):
     steps = explain_layer(GPU, config, 128, torch.bfloat16)
     assert steps[1].path == "gluon decode"
     assert steps[2].min_bytes == steps[4].min_bytes
-    for other in ({"num_tokens": 385}, {"dtype": torch.float32}):
+    for other in ({"num_tokens": 769}, {"dtype": torch.float32}):
         steps = explain_layer(GPU, config, **{"num_tokens": 16, "dtype": torch.bfloat16, **other})
         assert not any("decode" in step.path for step in steps)
 

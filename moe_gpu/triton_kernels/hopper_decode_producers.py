@@ -15,7 +15,6 @@ thread_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 BOX_K = gl.constexpr(64)  # 128 bytes, the widest that TMA swizzles
 STAGE_ROWS = gl.constexpr(256)  # of weights in boxes of one stage, whether above each other or side by side
 NONE, UP, DOWN = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)  # what an item is of
-ENDLESS = gl.constexpr((1 << 31) - 1)
 WORDS = gl.constexpr(7)  # that tell an item
 
 
@@ -83,34 +82,21 @@ def _place_of_item(e, start, end, ends, item, each, ROWS: gl.constexpr, TALL: gl
 
 
 @gluon.jit
-def _lanes():
-    return gl.arange(0, 32 * gl.num_warps(), layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
-
-
-@gluon.jit
 def _count_on(counter_ptr, most):
-    """One thread counts; at `most` it begins again at 0. What was there is waited for only where it is looked at.
-
-    Of an addition the compiler makes one for all threads that may add, and then waits to tell them.
-    """
-    return gl.inline_asm_elementwise(
+    """One thread counts, from `most` on to 0, and none waits for what was there, as all would for a scalar's."""
+    lane = gl.arange(0, 32 * gl.num_warps(), layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    gl.inline_asm_elementwise(
         """{
         .reg .pred p;
         setp.eq.s32 p, $2, 0;
         @p atom.relaxed.gpu.global.inc.u32 $0, [$1], $3;
         }""",
         "=r,l,r,r",
-        [counter_ptr, _lanes(), most],
+        [counter_ptr, lane, most],
         dtype=gl.int32,
         is_pure=False,
         pack=1,
     )
-
-
-@gluon.jit
-def _claimed(claims):
-    """What `_count_on` found, by one warp."""
-    return gl.max(gl.where(_lanes() == 0, claims, 0), 0)
 
 
 @gluon.jit
@@ -161,7 +147,6 @@ def take_item(queue, published, taken, turn):
 
 @gluon.jit
 def _bring_weights(
-    claims_ptr,
     desc,
     row,
     N,
@@ -177,25 +162,17 @@ def _bring_weights(
     HEIGHT: gl.constexpr,
     TALL: gl.constexpr,
 ):
-    """All of k of the weight rows from `row` on, and of those N after them if there are two halves; the next claim.
-
-    It is made before the last stage is waited for, which takes as long.
-    """
+    """All of k of the weight rows from `row` on, and of those N after them if there are two halves."""
     PANELS: gl.constexpr = STAGE_ROWS // HEIGHT
     if TALL and tall == 1:
-        claims, step = _bring_panels(
-            claims_ptr, desc, row, N, K, w_ring, full, empty, step, STAGES, HALVES, FOLD, HEIGHT, PANELS // 2
-        )
+        step = _bring_panels(desc, row, N, K, w_ring, full, empty, step, STAGES, HALVES, FOLD, HEIGHT, PANELS // 2)
     else:
-        claims, step = _bring_panels(
-            claims_ptr, desc, row, N, K, w_ring, full, empty, step, STAGES, HALVES, FOLD, HEIGHT, PANELS
-        )
-    return claims, step
+        step = _bring_panels(desc, row, N, K, w_ring, full, empty, step, STAGES, HALVES, FOLD, HEIGHT, PANELS)
+    return step
 
 
 @gluon.jit
 def _bring_panels(
-    claims_ptr,
     desc,
     row,
     N,
@@ -211,10 +188,7 @@ def _bring_panels(
     COUNT: gl.constexpr,
 ):
     SHARE: gl.constexpr = HEIGHT // FOLD // HALVES
-    claims = _lanes()
     for depth in range(0, K, FOLD * COUNT * BOX_K):
-        if depth + FOLD * COUNT * BOX_K >= K:
-            claims = _count_on(claims_ptr, ENDLESS)
         stage = step % STAGES
         bar = full.index(stage)
         mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
@@ -226,7 +200,9 @@ def _bring_panels(
                 )
                 tma_load(desc, [row + half * N, depth + box * BOX_K], bar, place)
         step += 1
-    return claims, step
+    # An item is claimed when there is room for it: claimed earlier, it would wait here while others have nothing left.
+    mbarrier.wait(empty.index(step % STAGES), ((step // STAGES) & 1) ^ 1)
+    return step
 
 
 @gluon.jit
@@ -256,9 +232,8 @@ def weights_producer(
 ):
     """Claims items and brings their weights."""
     e, start, end = _expert_bounds(offsets_ptr, E, BLOCK_E)
-    claims = _count_on(state_ptr, ENDLESS)
+    item = gl.atomic_add(state_ptr, 1, sem="relaxed")
     ends, ups, downs, num_up, total = _count_items(start, end, I, O, ROWS, HALVES, UP_FOLD, DOWN_FOLD, HEIGHT, TALL)
-    item = _claimed(claims)
     step = 0
     turn = 0
     while item < total:
@@ -270,16 +245,16 @@ def weights_producer(
         _publish(queue, published, taken, turn, (UP if up else DOWN, expert, tile, number, first, last, tall))
         if up:
             row = expert * (HALVES * I) + number * (HEIGHT // UP_FOLD // HALVES)
-            claims, step = _bring_weights(
-                state_ptr, up_desc, row, I, H, tall, w_ring, full, empty, step,
+            step = _bring_weights(
+                up_desc, row, I, H, tall, w_ring, full, empty, step,
                 STAGES, HALVES, UP_FOLD, HEIGHT, TALL,
             )  # fmt: skip
         else:
             row = expert * O + number * (HEIGHT // DOWN_FOLD)
-            claims, step = _bring_weights(
-                state_ptr, down_desc, row, O, I, tall, w_ring, full, empty, step, STAGES, 1, DOWN_FOLD, HEIGHT, TALL
+            step = _bring_weights(
+                down_desc, row, O, I, tall, w_ring, full, empty, step, STAGES, 1, DOWN_FOLD, HEIGHT, TALL
             )
-        item = _claimed(claims)
+        item = gl.atomic_add(state_ptr, 1, sem="relaxed")
         turn += 1
     # Each program claims one past the last item; the last of those clears.
     gl.store(state_ptr, 0, mask=item == total + gl.num_programs(0) - 1)

@@ -26,6 +26,7 @@ from moe_gpu.files import device_cache_path, device_file_name, write_atomically
 from moe_gpu.results import Ceiling, Machine
 from moe_gpu.triton_kernels.tuning import (
     HOPPER_DECODE_MOST_ROWS,
+    HOPPER_DECODE_MOST_TOKENS,
     HOPPER_MIN_ROWS_PER_EXPERT,
     TUNED,
     GemmConfig,
@@ -201,7 +202,7 @@ def choose_decode(
                 entry, tile, time_ms = found
                 launch = tile if isinstance(tile, HopperDecodeConfig) else None
                 return DecodeChoice(launch, _reason(path, entry.cell), time_ms)
-    most = " or ".join(f"{rows} rows an expert and {tokens} tokens" for tokens, rows in HOPPER_DECODE_MOST_ROWS.items())
+    most = f"{HOPPER_DECODE_MOST_ROWS} rows an expert and {HOPPER_DECODE_MOST_TOKENS} tokens"
     by_rule = None
     if hopper_decode_serves(num_rows, num_tokens, num_experts):
         by_rule = hopper_decode_config(num_rows, num_tokens, num_experts, input_dim, hidden_dim)

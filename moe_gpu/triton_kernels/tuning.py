@@ -223,9 +223,9 @@ _SHARED_BYTES = {
     (10, 0): HOPPER_SHARED_BYTES,
     (10, 3): HOPPER_SHARED_BYTES,
 }
-# Up to so many tokens, rows an expert that `decode_forward_hopper` serves, by what it and two products took on an H200,
-# uniform and skewed (docs/kernels.md): it gains until items wait for the L2, the sooner the more rows there are.
-HOPPER_DECODE_MOST_ROWS = {256: 48, 1024: 32}
+# What `decode_forward_hopper` serves, by what it and two products took on an H200, uniform and skewed
+# (docs/kernels.md): it gains until items wait for the L2, the sooner the more rows there are.
+HOPPER_DECODE_MOST_TOKENS, HOPPER_DECODE_MOST_ROWS = 2048, 48  # rows an expert
 FOLDED_DEPTH = 4096
 # Exact float32 runs on the plain cores: small tiles, whatever the load.
 _FLOAT32 = GemmConfig(32, 32, 32, 4, 2, programs_per_sm=4)
@@ -342,8 +342,7 @@ def mlp_config(
 
 def hopper_decode_serves(num_rows: int, num_tokens: int, num_experts: int) -> bool:
     """Whether one launch computes up and down projection of so many rows of all experts, by rule."""
-    most = HOPPER_DECODE_MOST_ROWS.items()
-    return any(num_tokens <= tokens and num_rows <= rows * num_experts for tokens, rows in most)
+    return num_tokens <= HOPPER_DECODE_MOST_TOKENS and num_rows <= HOPPER_DECODE_MOST_ROWS * num_experts
 
 
 def hopper_decode_config(

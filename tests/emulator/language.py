@@ -34,12 +34,10 @@ def _store(pointer: Pointer, value: Any, mask: Any = None) -> None:
         pointer.memory[offset[mask]] = value[mask]
 
 
-def _atomic_add(pointer: Pointer, value: int, mask: Any = None, sem: str = "acq_rel") -> Any:
-    """Of a block at most one element adds; what the others are given says nothing."""
+def _atomic_add(pointer: Pointer, value: int, sem: str = "acq_rel") -> int:
     pause()
-    assert mask is None or int(mask.sum()) <= 1
-    before = _load(pointer, mask, torch.iinfo(pointer.memory.dtype).max)
-    _store(pointer, before + value, mask)
+    before = _load(pointer)
+    _store(pointer, before + value)
     return before
 
 

@@ -50,7 +50,7 @@ TILES = [
     hopper_decode_config(16, 8, 8, 4096, 14336),
     HopperDecodeConfig(rows=16, up_fold=4, down_fold=2, stages=2),
     HopperDecodeConfig(rows=32, up_fold=1, down_fold=1, stages=5, height=128),
-    HopperDecodeConfig(rows=64, up_fold=1, down_fold=1, stages=4, height=128),
+    HopperDecodeConfig(rows=64, up_fold=1, down_fold=1, stages=3),
 ]
 
 
