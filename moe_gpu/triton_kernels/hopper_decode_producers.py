@@ -15,6 +15,7 @@ thread_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 BOX_K = gl.constexpr(64)  # 128 bytes, the widest that TMA swizzles
 STAGE_ROWS = gl.constexpr(256)  # of weights in boxes of one stage, whether above each other or side by side
 NONE, UP, DOWN = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)  # what an item is of
+ENDLESS = gl.constexpr((1 << 31) - 1)
 WORDS = gl.constexpr(7)  # that tell an item
 
 
@@ -82,21 +83,31 @@ def _place_of_item(e, start, end, ends, item, each, ROWS: gl.constexpr, TALL: gl
 
 
 @gluon.jit
+def _lanes():
+    return gl.arange(0, 32 * gl.num_warps(), layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+
+
+@gluon.jit
 def _count_on(counter_ptr, most):
-    """One thread counts, from `most` on to 0, and none waits for what was there, as all would for a scalar's."""
-    lane = gl.arange(0, 32 * gl.num_warps(), layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
-    gl.inline_asm_elementwise(
+    """One thread counts, from `most` on to 0. What was there is waited for where it is looked at, unlike a scalar's."""
+    return gl.inline_asm_elementwise(
         """{
         .reg .pred p;
         setp.eq.s32 p, $2, 0;
         @p atom.relaxed.gpu.global.inc.u32 $0, [$1], $3;
         }""",
         "=r,l,r,r",
-        [counter_ptr, lane, most],
+        [counter_ptr, _lanes(), most],
         dtype=gl.int32,
         is_pure=False,
         pack=1,
     )
+
+
+@gluon.jit
+def _counted(before):
+    """What `_count_on` found, in one warp."""
+    return gl.max(gl.where(_lanes() == 0, before, 0), 0)
 
 
 @gluon.jit
@@ -232,8 +243,9 @@ def weights_producer(
 ):
     """Claims items and brings their weights."""
     e, start, end = _expert_bounds(offsets_ptr, E, BLOCK_E)
-    item = gl.atomic_add(state_ptr, 1, sem="relaxed")
+    claim = _count_on(state_ptr, ENDLESS)
     ends, ups, downs, num_up, total = _count_items(start, end, I, O, ROWS, HALVES, UP_FOLD, DOWN_FOLD, HEIGHT, TALL)
+    item = _counted(claim)
     step = 0
     turn = 0
     while item < total:
@@ -254,7 +266,7 @@ def weights_producer(
             step = _bring_weights(
                 down_desc, row, O, I, tall, w_ring, full, empty, step, STAGES, 1, DOWN_FOLD, HEIGHT, TALL
             )
-        item = gl.atomic_add(state_ptr, 1, sem="relaxed")
+        item = _counted(_count_on(state_ptr, ENDLESS))
         turn += 1
     # Each program claims one past the last item; the last of those clears.
     gl.store(state_ptr, 0, mask=item == total + gl.num_programs(0) - 1)

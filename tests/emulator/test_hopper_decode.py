@@ -27,6 +27,7 @@ def load_acquire(ptr):
 def count_on(counter_ptr, most):
     before = gl.atomic_add(counter_ptr, 1)  # noqa: F821
     gl.store(counter_ptr, 0, mask=before == most)  # noqa: F821
+    return before
 
 
 INLINE_ASSEMBLY = {
