@@ -4,8 +4,7 @@
 # tests      every GPU test, eight at a time with pytest-xdist (3.5 minutes on 16 cores); first: nothing is timed on red tests
 # alone      the GPU tests that look at the whole GPU's energy, memory and SMs, with nothing beside them
 # few        whether few rows go by one launch, and by which tile, tuned into a table in FOLDER
-# skew       skewed routing of up to 4096 tokens beside its peers, if they are on the path
-# memory     training shapes and peak memory beside SonicMoE, if installed (it compiles for minutes), and bmm
+# decode     few tokens in graphs, of models and other shapes, beside its peers, if they are on the path
 # models     decoding steps of a transformers model
 # training   what recomputation saves; BPE beside bytes
 set -euo pipefail
@@ -23,8 +22,7 @@ tests)
     ;;
 alone) $python -m pytest -q $alone 2>&1 | tee "$folder/alone.log" ;;
 few) $python -m moe_gpu tune --preset qwen3-30b-a3b,mixtral-8x7b,deepseek-v3 --kind decode --output "$folder/h200_few.jsonl" ;;
-skew) $python benchmarks/run_hopper.py "$folder/h200_skew.jsonl" --table skew ;;
-memory) $python benchmarks/run_hopper.py "$folder/h200_experts.jsonl" --table training ;;
+decode) $python benchmarks/run_hopper.py "$folder/h200_decode.jsonl" --table decode --table skew --table others ;;
 models) $python benchmarks/run_huggingface.py "$folder/h200_models.jsonl" --section decode --section "decode, compiled" ;;
 training) $python benchmarks/run_training.py "$folder/h200_training.jsonl" --section memory --section bpe ;;
 *) echo "owed.sh: error: no step '$2'; see the head of this file" >&2; exit 2 ;;
