@@ -119,14 +119,12 @@ def _finish(
 ):
     """Bias, activation and store of an item's sums: rows `first` to `last`, columns from `column` on, of N.
 
-    They go through shared memory, of which there are 64 weight rows.
+    They go through `sums`, shared memory of 64 weight rows.
     """
     part = sums.slice(0, acc.shape[1], dim=1)
     if acc.shape[0] == 64:
         part.store(acc)
-        _store(
-            sums, out_ptr, bias_ptr, expert, column, first, last, N, FUNCTION, HALVES, HAS_BIAS, ROWS, FOLD
-        )  # fmt: skip
+        _store(sums, out_ptr, bias_ptr, expert, column, first, last, N, FUNCTION, HALVES, HAS_BIAS, ROWS, FOLD)
     else:
         gl.static_assert(FOLD == 1)
         upper, lower = _upper_lower(acc)
@@ -158,14 +156,13 @@ def _store(
     ROWS: gl.constexpr,
     FOLD: gl.constexpr,
 ):
-    """Bias, activation and store of an item's sums: rows `first` to `last`, columns from `column` on, of N."""
+    """`_finish` from shared memory on."""
     COLUMNS: gl.constexpr = sums.shape[0] // FOLD // HALVES
     layout: gl.constexpr = gl.BlockedLayout([1, 1], [16, 2], [1, 4], [0, 1])
     n = column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(1, layout))
     row = first + gl.arange(0, ROWS, layout=gl.SliceLayout(0, layout))
-    value = _with_bias(
-        _unfolded(sums, 0, COLUMNS, ROWS, FOLD, layout), bias_ptr, HALVES * expert, n, N, HAS_BIAS
-    )  # fmt: skip
+    value = _unfolded(sums, 0, COLUMNS, ROWS, FOLD, layout)
+    value = _with_bias(value, bias_ptr, HALVES * expert, n, N, HAS_BIAS)
     if FUNCTION != "none":
         value = activate(value, FUNCTION)
     if HALVES == 2:

@@ -198,6 +198,7 @@ def _bring_panels(
     HEIGHT: gl.constexpr,
     COUNT: gl.constexpr,
 ):
+    """The same in stages of COUNT panels of the item's height, beside each other."""
     SHARE: gl.constexpr = HEIGHT // FOLD // HALVES
     for depth in range(0, K, FOLD * COUNT * BOX_K):
         stage = step % STAGES
@@ -258,9 +259,8 @@ def weights_producer(
         if up:
             row = expert * (HALVES * I) + number * (HEIGHT // UP_FOLD // HALVES)
             step = _bring_weights(
-                up_desc, row, I, H, tall, w_ring, full, empty, step,
-                STAGES, HALVES, UP_FOLD, HEIGHT, TALL,
-            )  # fmt: skip
+                up_desc, row, I, H, tall, w_ring, full, empty, step, STAGES, HALVES, UP_FOLD, HEIGHT, TALL
+            )
         else:
             row = expert * O + number * (HEIGHT // DOWN_FOLD)
             step = _bring_weights(
