@@ -20,7 +20,7 @@ from moe_gpu.slice_bench import adaptive, loads
 from moe_gpu.slice_bench.bench import Sizes, SliceBench
 from moe_gpu.slices.costs import cache_path
 from moe_gpu.slices.plan import BackendUnavailableError
-from tests.test_slices import synthetic_costs
+from tests.slice_cases import synthetic_costs
 
 ROOT = Path(__file__).resolve().parent.parent
 DESCRIBED = ["--device", "NVIDIA H200"]
