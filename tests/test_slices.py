@@ -92,6 +92,8 @@ def test_too_many_for_the_smallest_is_refused():
 
 
 @given(
+    LOADS,
+    DEVICES,
     BACKENDS,
     st.sampled_from(POLICIES),
     st.lists(st.floats(0, 1), min_size=8, max_size=8),
