@@ -105,6 +105,11 @@ def test_every_tile_by_rule(config):
     check(on, config, width=520, hidden=136, output=72, bias=(True, True))
 
 
+def test_activations_without_a_gate_in_items_of_128_weight_rows():
+    on = replace(FEW, rows_per_expert=(70, 0, 1, 64), tail=1)
+    check(on, HIGH[1], "gelu_tanh", (True, False), width=200, hidden=136, output=200)
+
+
 @pytest.mark.parametrize("seed", range(1, 7))
 def test_any_order_and_float16(seed):
     config = HopperDecodeConfig(
