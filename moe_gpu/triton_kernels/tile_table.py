@@ -309,7 +309,7 @@ def _tile(values: dict[str, Any]) -> tuple[AnyTile, float]:
         value = getattr(tile, field.name)
         power = field.name.startswith("block") or field.name.endswith(("num_warps", "fold"))
         right = isinstance(value, bool) if field.name == "claimed" else _whole(value) and value >= 0
-        allowed = {"rows": (128, 192)}
+        allowed: dict[str, tuple[int, ...]] = {"rows": (128, 192)}
         if isinstance(tile, HopperDecodeConfig):
             allowed = {"rows": (8, 16, 32, 64), "height": (64, 128) if tile.columns == tile.rows else (64,)}
         if not right or (power and value.bit_count() != 1) or value not in allowed.get(field.name, (value,)):

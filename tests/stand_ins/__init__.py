@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import os
 import shutil
@@ -21,7 +22,9 @@ def compiled(source: str, library: str) -> Path:
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
     if not compiler or not shutil.which(compiler):
         pytest.skip("no C compiler to build a stand-in for the driver with")
-    path = Path(tempfile.mkdtemp(prefix="moe_gpu_stand_in_")) / library
+    folder = tempfile.mkdtemp(prefix="moe_gpu_stand_in_")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    path = Path(folder) / library
     command = [compiler, "-shared", "-fPIC", "-O1", "-o", str(path), str(Path(__file__).parent / source)]
     built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
