@@ -11,6 +11,7 @@ from moe_gpu import tune
 from moe_gpu.config import PRESETS, MoEConfig
 from moe_gpu.explain import explain_layer
 from moe_gpu.triton_kernels import tile_table
+from moe_gpu.triton_kernels.products import decode_tile, given_tiles
 from moe_gpu.triton_kernels.tile_table import Cell, Entry, choose_decode
 from moe_gpu.triton_kernels.tuning import (
     HOPPER_DECODE_MOST_ROWS,
@@ -59,6 +60,15 @@ def test_below_a_row_for_each_second_expert_the_rule_serves_few_rows(table_file)
     )
     assert choose_few(tokens=9).tile is None
     assert choose_few(tokens=8).tile == hopper_decode_config(64, 8, 128, 2048, 768)
+
+
+def test_tiles_that_are_given_for_up_or_down_are_not_passed_over_by_one_launch():
+    x = torch.zeros(64, 2048, dtype=torch.bfloat16)
+    for given in ({"up": GLUON}, {"down": GLUON}, {"up": GLUON, "decode": TwoProducts()}):
+        with given_tiles(given):
+            assert decode_tile(x, 512, 128, 768, 132) is None
+    with given_tiles({"up": GLUON, "decode": LAUNCH}):
+        assert decode_tile(x, 512, 128, 768, 132) == LAUNCH
 
 
 @pytest.mark.parametrize(

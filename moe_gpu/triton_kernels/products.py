@@ -52,6 +52,8 @@ def decode_tile(
     given = _GIVEN.get("decode")
     if given is not None:
         return given if isinstance(given, HopperDecodeConfig) else None
+    if "up" in _GIVEN or "down" in _GIVEN:
+        return None  # a launch of both would leave the tiles that are given without work
     tokens, width = x_TH.shape
     name = device_name(x_TH.device)
     return choose_decode(x_TH.dtype, num_rows, tokens, num_experts, width, hidden_dim, name, sms).tile
