@@ -57,8 +57,8 @@ PLAIN, GLUON = {"_decode_up_kernel", "_decode_down_kernel"}, {"_decode_hopper_ke
     [
         (1, 256, True, None, GLUON),
         (128, 256, True, 8, GLUON),
-        (384, 256, True, None, GLUON),
-        (385, 256, True, None, None),
+        (768, 256, True, None, GLUON),
+        (769, 256, True, None, None),
         (1, 256, False, None, None),
         (1, 252, True, None, PLAIN),
         (16, 252, True, None, PLAIN),
