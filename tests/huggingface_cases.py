@@ -7,7 +7,6 @@ import importlib
 from dataclasses import dataclass
 from typing import Any
 
-import pytest
 import torch
 from torch import nn
 
@@ -255,12 +254,3 @@ def check_fp8_error_rule(model: nn.Module, twin: nn.Module, dtype: torch.dtype, 
         same = type(plain).forward(copy.deepcopy(plain).to(dtype), hidden, ids, weights)
     assert got.dtype == dtype
     check_close("FP8 experts", got, same, truth, dtype)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small products are faster on one thread, and the machine may be shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

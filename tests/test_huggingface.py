@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from moe_gpu import ExpertProfiler, enable
+from tests.training_cases import one_thread  # noqa: F401
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("transformers.integrations.moe", reason="this transformers has no experts interface")
@@ -23,7 +24,6 @@ from tests.huggingface_cases import (  # noqa: E402
     check_outcome,
     experts_of,
     make_model,
-    one_thread,  # noqa: F401 a fixture
     prompt,
     routes,
     run,

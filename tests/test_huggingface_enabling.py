@@ -17,6 +17,7 @@ from torch import nn
 
 from moe_gpu import ExpertProfiler, disable, enable
 from tests.test_imports import BLOCK
+from tests.training_cases import one_thread  # noqa: F401
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("transformers.integrations.moe", reason="this transformers has no experts interface")
@@ -34,15 +35,6 @@ from tests.huggingface_cases import (  # noqa: E402
 )
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small products are faster on one thread, and the machine may be shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # The report, and what refuses

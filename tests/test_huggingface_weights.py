@@ -9,6 +9,7 @@ from torch.nn.utils import parametrize
 
 from moe_gpu import disable, enable
 from moe_gpu.huggingface.layout import fp8_gate_of
+from tests.training_cases import one_thread  # noqa: F401
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("transformers.integrations.moe", reason="this transformers has no experts interface")
@@ -20,7 +21,6 @@ from tests.huggingface_cases import (  # noqa: E402
     experts_of,
     make_fp8,
     make_model,
-    one_thread,  # noqa: F401 a fixture
     prompt,
     routes,
     run,

@@ -144,7 +144,7 @@ def test_counters_are_left_at_zero_for_the_next_launch():
 
 def planted_faults():
     for function in functions_of(hopper_decode._decode_hopper_kernel):
-        if function.__module__.startswith(hopper_decode.__name__) or function.__name__ == "claimed_tile":
+        if function.__module__.startswith(hopper_decode.__name__):
             for fault in faults_in(function):
                 yield pytest.param(fault, id=str(fault))
 
