@@ -1,7 +1,8 @@
 """The grouped product for Hopper: what `grouped_gemm.py` computes, warp-specialised; `hopper_common.py` says how.
 
 A tile is 128 rows by 256 columns, 64 rows a consumer; or 192 rows, the last 64 shared by columns, which reads a fifth
-less from the L2 for the same work and needs fewer tiles of few rows. Gated weights lie in a stage as boxes of gate
+less from the L2 for the same work and needs fewer tiles of few rows. Of those last 64, no more than 32 change sides: as
+the left side of a product wgmma multiplies 64 whatever there is. Gated weights lie in a stage as boxes of gate
 columns, each followed by its up columns, so that a pair meets in one thread.
 """
 
@@ -22,6 +23,7 @@ from moe_gpu.triton_kernels.hopper_common import (
     TILE_N,
     RowTiles,
     activate,
+    add_bias_down,
     claim_tile,
     claimed_tile,
     copy_load,
@@ -29,6 +31,7 @@ from moe_gpu.triton_kernels.hopper_common import (
     halves,
     matrix,
     multiply,
+    multiply_rest,
     multiply_three,
     new_barriers,
     new_queue,
@@ -39,9 +42,12 @@ from moe_gpu.triton_kernels.hopper_common import (
     ragged,
     stacked_weights,
     tma_load,
+    upper_lower,
 )
 from moe_gpu.triton_kernels.launch import launch
 from moe_gpu.triton_kernels.tuning import HopperConfig
+
+REST = gl.constexpr(32)  # rows of a third granule up to which they are the right side
 
 
 @gluon.jit
@@ -105,6 +111,57 @@ def _emit(
         if GATED:
             acc = acc * up
         put(out_desc, slots, (AT + STORES - 1) % SLOTS, SLOTS - 1 if SAVE_H else PENDING, acc, row, column, rows)
+
+
+@gluon.jit
+def _emit_rest(
+    out_desc,
+    h_desc,
+    h2_desc,
+    bias_ptr,
+    slots,
+    acc,
+    row,
+    column,
+    rows,
+    N,
+    FUNCTION: gl.constexpr,
+    GATED: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    SAVE_H: gl.constexpr,
+    SLOTS: gl.constexpr,
+    AT: gl.constexpr = 0,
+):
+    """As `_emit` the first of a tile's pieces, of sums whose rows are 128 columns: 64 of gates, then 64 of ups."""
+    if not GATED and acc.shape[0] > slots.shape[2]:
+        upper, lower = upper_lower(acc)
+        _emit_rest(
+            out_desc, h_desc, h2_desc, bias_ptr, slots, upper, row, column, rows, N,
+            FUNCTION, GATED, HAS_BIAS, SAVE_H, SLOTS, AT,
+        )  # fmt: skip
+        _emit_rest(
+            out_desc, h_desc, h2_desc, bias_ptr, slots, lower, row, column + 64, rows, N,
+            FUNCTION, GATED, HAS_BIAS, SAVE_H, SLOTS, AT + 1 + SAVE_H,
+        )  # fmt: skip
+    else:
+        PENDING: gl.constexpr = 0 if AT == 0 else SLOTS - 1
+        STORES: gl.constexpr = 1 + (2 if GATED else 1) * SAVE_H
+        up = acc
+        if GATED:
+            acc, up = upper_lower(acc)
+        if HAS_BIAS:
+            acc = add_bias_down(acc, bias_ptr, column, N)
+            if GATED:
+                up = add_bias_down(up, bias_ptr + N, column, N)
+        if SAVE_H:
+            put(h_desc, slots, AT % SLOTS, PENDING, acc, row, column, rows, True)
+            if GATED:
+                put(h2_desc, slots, (AT + 1) % SLOTS, SLOTS - 1, up, row, column, rows, True)
+        if FUNCTION != "none":
+            acc = activate(acc, FUNCTION)
+        if GATED:
+            acc = acc * up
+        put(out_desc, slots, (AT + STORES - 1) % SLOTS, SLOTS - 1 if SAVE_H else PENDING, acc, row, column, rows, True)
 
 
 @gluon.jit
@@ -265,7 +322,7 @@ def _rows_consumer(
         bias = bias_ptr
         if HAS_BIAS:
             bias = bias_ptr + gl.load(tiles_ptr + LIST_HEAD + tile_m) * (2 * N if GATED else N)
-        if GRANULES == 3 and rows > 128:
+        if GRANULES == 3 and rows > 128 + REST:
             acc, third, step = multiply_three(
                 a_stages, b_stages, full, empty, step, depth, PART, BLOCK_N, STAGES, B_BY_K, GATHER
             )
@@ -275,6 +332,18 @@ def _rows_consumer(
             )  # fmt: skip
             _emit(
                 out_desc, h_desc, h2_desc, bias, slots, acc, row + 64 * PART, column, 64,
+                N, PIECES, FUNCTION, GATED, HAS_BIAS, SAVE_H, SLOTS,
+            )  # fmt: skip
+        elif GRANULES == 3 and rows > 128:
+            whole, rest, step = multiply_rest(
+                a_stages, b_stages, full, empty, step, depth, PART, BLOCK_N, STAGES, B_BY_K, GATHER, REST
+            )
+            _emit_rest(
+                out_desc, h_desc, h2_desc, bias, slots, rest, row + 128, column + PART * (COLUMNS // 2), rows - 128,
+                N, FUNCTION, GATED, HAS_BIAS, SAVE_H, SLOTS,
+            )  # fmt: skip
+            _emit(
+                out_desc, h_desc, h2_desc, bias, slots, whole, row + 64 * PART, column, 64,
                 N, PIECES, FUNCTION, GATED, HAS_BIAS, SAVE_H, SLOTS,
             )  # fmt: skip
         elif rows > 64 * PART:

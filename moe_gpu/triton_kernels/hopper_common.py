@@ -59,7 +59,8 @@ def _list_tiles_kernel(
     """One program BLOCK entries of the list of row tiles; program 0 also writes its head.
 
     Tiles have GRANULES of 64 rows. Where an expert's do not come out even, the last tile has the rest, or, of three
-    granules, the last two have two each: a tile of one granule reads as many weights as one of three.
+    granules, the first two have two each: a tile of one granule reads as many weights as one of three, and a third
+    granule costs less if it has few rows.
     """
     wait_for_previous(PDL)
     e = tl.arange(0, BLOCK_E)
@@ -79,9 +80,9 @@ def _list_tiles_kernel(
     size = GRANULES
     if GRANULES == 3:
         count = tl.cdiv(last - first, 64)
-        full = tl.maximum(count - 2 * tl.cdiv(count, 3), 0)  # tiles of three; two granules each are left for the others
-        granule -= tl.maximum(i - before - full, 0)
-        size = tl.where(i - before < full, 3, 2)
+        short = tl.minimum(3 * tl.cdiv(count, 3) - count, tl.cdiv(count, 3))  # tiles of two, before those of three
+        granule -= tl.minimum(i - before, short)
+        size = tl.where(i - before < short, 2, 3)
     row = first + granule * 64
     entry = tiles_ptr + 2 + i
     tl.store(entry, expert, mask=inside)
@@ -131,6 +132,19 @@ def halves(x):
 
 
 @gluon.jit
+def upper_lower(x):
+    """The first and the last 64 of 128 rows; with the tensor cores' layout this moves nothing either."""
+    return gl.split(gl.permute(gl.reshape(x, (2, 64, x.shape[1])), (1, 2, 0)))
+
+
+@gluon.jit
+def add_bias_down(x, bias_ptr, column, N):
+    """x, whose rows are columns of the output from `column` on, plus a row of N biases."""
+    n = column + gl.arange(0, x.shape[0], layout=gl.SliceLayout(1, x.type.layout))
+    return x + gl.expand_dims(gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32), 1)
+
+
+@gluon.jit
 def sigmoid(x):
     """1 / (1 + exp(-x)) by the two approximate instructions; a division would cost eight."""
     return gl.inline_asm_elementwise(
@@ -158,11 +172,14 @@ def activate(x, FUNCTION: gl.constexpr):
 def put(
     desc, slots, SLOT: gl.constexpr, PENDING: gl.constexpr, value, row, column, rows, TRANSPOSED: gl.constexpr = False
 ):
-    """Send a piece of 64 rows, of which `rows` exist, to global memory by TMA from a slot of shared memory."""
+    """Send a piece of 64 rows, of which `rows` exist, to global memory by TMA from a slot of shared memory.
+
+    TRANSPOSED: the columns of `value`, fewer if no more exist, are the rows.
+    """
     slot = slots.index(SLOT)
     tma.store_wait(PENDING)
     if TRANSPOSED:
-        slot.permute([1, 0]).store(value.to(slot.dtype))
+        slot.slice(0, value.shape[1], dim=0).permute([1, 0]).store(value.to(slot.dtype))
     else:
         slot.store(value.to(slot.dtype))
     fence_async_shared()
@@ -256,6 +273,51 @@ def multiply_three(
         step += 1
     acc, third = warpgroup_mma_wait(num_outstanding=0, deps=(acc, third))
     return acc, third, step
+
+
+@gluon.jit
+def multiply_rest(
+    a_stages,
+    b_stages,
+    full,
+    empty,
+    step,
+    depth,
+    PART: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+    B_BY_K: gl.constexpr,
+    FENCE: gl.constexpr,
+    REST: gl.constexpr,
+):
+    """As `multiply_three`, where the third granule has no more than REST rows: they are the right side of a product.
+
+    So they are the columns of its sums, and half PART of the columns the rows.
+    """
+    HALF: gl.constexpr = BLOCK_N // 2
+    acc = new_accumulator(BLOCK_N)
+    rest = warpgroup_mma_init(gl.zeros((HALF, REST), gl.float32, layout=accumulator_layout(REST)))
+    for _ in range(0, depth):
+        stage = step % STAGES
+        mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+        if FENCE:
+            fence_async_shared()
+        b = b_stages.index(stage)
+        half = b.slice(PART * HALF, HALF, dim=0 if B_BY_K else 1)
+        if B_BY_K:
+            b = b.permute([1, 0])
+        else:
+            half = half.permute([1, 0])
+        acc = warpgroup_mma(a_stages.index(3 * stage + PART), b, acc, is_async=True)
+        right = a_stages.index(3 * stage + 2).slice(0, REST, dim=0).permute([1, 0])
+        rest = warpgroup_mma(half, right, rest, is_async=True)
+        acc, rest = warpgroup_mma_wait(num_outstanding=0, deps=(acc, rest))
+        acc = warpgroup_mma_init(acc)
+        rest = warpgroup_mma_init(rest)
+        mbarrier.arrive(empty.index(stage), count=1)
+        step += 1
+    acc, rest = warpgroup_mma_wait(num_outstanding=0, deps=(acc, rest))
+    return acc, rest, step
 
 
 @gluon.jit

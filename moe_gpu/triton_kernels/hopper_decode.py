@@ -28,7 +28,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from moe_gpu.config import ACTIVATIONS
 from moe_gpu.triton_kernels.counters import Counters
 from moe_gpu.triton_kernels.grouped_gemm import row_contiguous
-from moe_gpu.triton_kernels.hopper_common import accumulator_layout, activate, matrix, new_barriers, piece_layout
+from moe_gpu.triton_kernels.hopper_common import (
+    accumulator_layout,
+    activate,
+    matrix,
+    new_barriers,
+    piece_layout,
+    upper_lower,
+)
 from moe_gpu.triton_kernels.hopper_decode_producers import (
     BOX_K,
     NONE,
@@ -87,12 +94,6 @@ def _unfolded(sums, at, COLUMNS: gl.constexpr, ROWS: gl.constexpr, FOLD: gl.cons
 
 
 @gluon.jit
-def _upper_lower(x):
-    """The first and the last 64 of 128 rows; with the tensor cores' layout this moves nothing."""
-    return gl.split(gl.permute(gl.reshape(x, (2, 64, x.shape[1])), (1, 2, 0)))
-
-
-@gluon.jit
 def _with_bias(x, bias_ptr, row, n, N, HAS_BIAS: gl.constexpr):
     """x plus what row `row` of N biases has for its rows, the columns n of the output."""
     if HAS_BIAS:
@@ -127,7 +128,7 @@ def _finish(
         _store(sums, out_ptr, bias_ptr, expert, column, first, last, N, FUNCTION, HALVES, HAS_BIAS, ROWS, FOLD)
     else:
         gl.static_assert(FOLD == 1)
-        upper, lower = _upper_lower(acc)
+        upper, lower = upper_lower(acc)
         if HALVES == 2:  # each gate meets its up in one thread
             n = column + gl.arange(0, 64, layout=gl.SliceLayout(1, upper.type.layout))
             gate = activate(_with_bias(upper, bias_ptr, 2 * expert, n, N, HAS_BIAS), FUNCTION)

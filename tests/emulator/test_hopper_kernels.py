@@ -52,7 +52,7 @@ CASES: dict[str, dict[str, Callable[[Ragged, HopperConfig], None]]] = {
 # Tiles of 192 rows, claimed: rows that fill one, that end in each of its granules, and that make tiles of two.
 TALL = HopperConfig(3, rows=192, claimed=True)
 TALL_KINDS = ("up", "down", "grad_x")
-TALL_ROWS = Ragged(torch.bfloat16, (330, 0, 1, 64, 130, 192, 193), tail=2)
+TALL_ROWS = Ragged(torch.bfloat16, (330, 0, 1, 64, 130, 160, 161, 192, 193), tail=5)
 
 
 def run(kind: str, name: str, on: Ragged, config: HopperConfig | None = None, seed: int = 0, replaced=None) -> None:
@@ -192,6 +192,7 @@ HARMLESS = {
     # Each turn of the loop has waited for its own product.
     "multiply: one product more in flight in `warpgroup_mma_wait(num_outstanding=0, deps=(acc,))`",
     "multiply_three: one product more in flight in `warpgroup_mma_wait(num_outstanding=0, deps=(acc, third))`",
+    "multiply_rest: one product more in flight in `warpgroup_mma_wait(num_outstanding=0, deps=(acc, rest))`",
     # A tile's stages come after the next tile's claim, so whoever has multiplied them finds the claim told.
     "claimed_tile: without `mbarrier.wait(published.index(turn % 2), turn // 2 & 1)`",
 }
