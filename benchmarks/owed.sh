@@ -1,12 +1,10 @@
 #!/usr/bin/env bash
 # Every GPU run that is owed: bash benchmarks/owed.sh FOLDER STEP. Each step is meant to end within ten minutes on an H200.
 #
-# tests      every GPU test, eight at a time with pytest-xdist (3.5 minutes on 16 cores); first: nothing is timed on red tests
+# tests      every GPU test, eight at a time with pytest-xdist (8 minutes on 16 cores); first: nothing is timed on red tests
 # alone      the GPU tests that look at the whole GPU's energy, memory and SMs, with nothing beside them
-# few        whether few rows go by one launch, and by which tile, tuned into a table in FOLDER
-# decode     few tokens in graphs, of models and other shapes, beside its peers, if they are on the path
-# models     decoding steps of a transformers model
-# training   what recomputation saves; BPE beside bytes
+# models     decoding steps of a transformers model compiled into a graph
+# training   BPE beside bytes
 set -euo pipefail
 [ $# -eq 2 ] || { sed -n 's/^# \{0,1\}//p' "$0" | sed 1d; exit 2; }
 mkdir -p "$1"
@@ -21,9 +19,7 @@ tests)
     $python -m pytest -q $beside tests/gpu ${alone//tests/--ignore=tests} 2>&1 | tee "$folder/tests.log"
     ;;
 alone) $python -m pytest -q $alone 2>&1 | tee "$folder/alone.log" ;;
-few) $python -m moe_gpu tune --preset qwen3-30b-a3b,mixtral-8x7b,deepseek-v3 --kind decode --output "$folder/h200_few.jsonl" ;;
-decode) $python benchmarks/run_hopper.py "$folder/h200_decode.jsonl" --table decode --table skew --table others ;;
-models) $python benchmarks/run_huggingface.py "$folder/h200_models.jsonl" --section decode --section "decode, compiled" ;;
-training) $python benchmarks/run_training.py "$folder/h200_training.jsonl" --section memory --section bpe ;;
+models) $python benchmarks/run_huggingface.py "$folder/h200_models.jsonl" --section "decode, compiled" ;;
+training) $python benchmarks/run_training.py "$folder/h200_training.jsonl" --section bpe ;;
 *) echo "owed.sh: error: no step '$2'; see the head of this file" >&2; exit 2 ;;
 esac
