@@ -23,7 +23,6 @@ from moe_gpu.triton_kernels.hopper_common import (
     TILE_N,
     RowTiles,
     activate,
-    add_bias_down,
     claim_tile,
     claimed_tile,
     copy_load,
@@ -31,7 +30,6 @@ from moe_gpu.triton_kernels.hopper_common import (
     halves,
     matrix,
     multiply,
-    multiply_rest,
     multiply_three,
     new_barriers,
     new_queue,
@@ -51,11 +49,20 @@ REST = gl.constexpr(32)  # rows of a third granule up to which they are the righ
 
 
 @gluon.jit
-def _add_bias(x, bias_ptr, column, N):
-    """x plus a row of bias from `column`; columns past N are not stored, so what they hold does not matter."""
-    n = column + gl.arange(0, x.shape[1], layout=gl.SliceLayout(0, x.type.layout))
+def _add_bias(x, bias_ptr, column, N, TURNED: gl.constexpr):
+    """x plus biases from `column` on; columns past N are not stored, so what they hold does not matter."""
+    AXIS: gl.constexpr = 0 if TURNED else 1
+    n = column + gl.arange(0, x.shape[AXIS], layout=gl.SliceLayout(1 - AXIS, x.type.layout))
     bias = gl.load(bias_ptr + gl.minimum(n, N - 1)).to(gl.float32)
-    return x + gl.expand_dims(bias, 0)
+    return x + gl.expand_dims(bias, 1 - AXIS)
+
+
+@gluon.jit
+def _column_halves(x, TURNED: gl.constexpr):
+    if TURNED:
+        return upper_lower(x)
+    else:
+        return halves(x)
 
 
 @gluon.jit
@@ -76,92 +83,47 @@ def _emit(
     HAS_BIAS: gl.constexpr,
     SAVE_H: gl.constexpr,
     SLOTS: gl.constexpr,
+    TURNED: gl.constexpr = False,
 ):
-    """Finish 64 rows in pieces as wide as a slot, the tile's piece AT first: bias, H if saved, activation, store."""
+    """Finish 64 rows in pieces as wide as a slot, the tile's piece AT first: bias, H if saved, activation, store.
+
+    TURNED: the columns of `acc`, fewer, are the rows.
+    """
     WIDTH: gl.constexpr = slots.shape[2]
     EACH: gl.constexpr = 2 if GATED else 1
     STORES: gl.constexpr = 1 + EACH * SAVE_H
-    if acc.shape[1] > WIDTH * EACH:
-        HALF: gl.constexpr = acc.shape[1] // (2 * EACH)
-        left, right = halves(acc)
+    COLUMNS: gl.constexpr = acc.shape[0 if TURNED else 1]
+    if COLUMNS > WIDTH * EACH:
+        HALF: gl.constexpr = COLUMNS // (2 * EACH)
+        left, right = _column_halves(acc, TURNED)
         _emit(
             out_desc, h_desc, h2_desc, bias_ptr, slots, left, row, column, rows, N,
-            AT, FUNCTION, GATED, HAS_BIAS, SAVE_H, SLOTS,
+            AT, FUNCTION, GATED, HAS_BIAS, SAVE_H, SLOTS, TURNED,
         )  # fmt: skip
         _emit(
             out_desc, h_desc, h2_desc, bias_ptr, slots, right, row, column + HALF, rows, N,
-            AT + HALF // WIDTH * STORES, FUNCTION, GATED, HAS_BIAS, SAVE_H, SLOTS,
+            AT + HALF // WIDTH * STORES, FUNCTION, GATED, HAS_BIAS, SAVE_H, SLOTS, TURNED,
         )  # fmt: skip
     else:
         # All of the tile before has left its slots; within a tile the oldest piece makes room.
         PENDING: gl.constexpr = 0 if AT == 0 else SLOTS - 1
         up = acc
         if GATED:
-            acc, up = halves(acc)
+            acc, up = _column_halves(acc, TURNED)
         if HAS_BIAS:
-            acc = _add_bias(acc, bias_ptr, column, N)
+            acc = _add_bias(acc, bias_ptr, column, N, TURNED)
             if GATED:
-                up = _add_bias(up, bias_ptr + N, column, N)
+                up = _add_bias(up, bias_ptr + N, column, N, TURNED)
         if SAVE_H:
-            put(h_desc, slots, AT % SLOTS, PENDING, acc, row, column, rows)
+            put(h_desc, slots, AT % SLOTS, PENDING, acc, row, column, rows, TURNED)
             if GATED:
-                put(h2_desc, slots, (AT + 1) % SLOTS, SLOTS - 1, up, row, column, rows)
+                put(h2_desc, slots, (AT + 1) % SLOTS, SLOTS - 1, up, row, column, rows, TURNED)
         if FUNCTION != "none":
             acc = activate(acc, FUNCTION)
         if GATED:
             acc = acc * up
-        put(out_desc, slots, (AT + STORES - 1) % SLOTS, SLOTS - 1 if SAVE_H else PENDING, acc, row, column, rows)
-
-
-@gluon.jit
-def _emit_rest(
-    out_desc,
-    h_desc,
-    h2_desc,
-    bias_ptr,
-    slots,
-    acc,
-    row,
-    column,
-    rows,
-    N,
-    FUNCTION: gl.constexpr,
-    GATED: gl.constexpr,
-    HAS_BIAS: gl.constexpr,
-    SAVE_H: gl.constexpr,
-    SLOTS: gl.constexpr,
-    AT: gl.constexpr = 0,
-):
-    """As `_emit` the first of a tile's pieces, of sums whose rows are 128 columns: 64 of gates, then 64 of ups."""
-    if not GATED and acc.shape[0] > slots.shape[2]:
-        upper, lower = upper_lower(acc)
-        _emit_rest(
-            out_desc, h_desc, h2_desc, bias_ptr, slots, upper, row, column, rows, N,
-            FUNCTION, GATED, HAS_BIAS, SAVE_H, SLOTS, AT,
-        )  # fmt: skip
-        _emit_rest(
-            out_desc, h_desc, h2_desc, bias_ptr, slots, lower, row, column + 64, rows, N,
-            FUNCTION, GATED, HAS_BIAS, SAVE_H, SLOTS, AT + 1 + SAVE_H,
-        )  # fmt: skip
-    else:
-        PENDING: gl.constexpr = 0 if AT == 0 else SLOTS - 1
-        STORES: gl.constexpr = 1 + (2 if GATED else 1) * SAVE_H
-        up = acc
-        if GATED:
-            acc, up = upper_lower(acc)
-        if HAS_BIAS:
-            acc = add_bias_down(acc, bias_ptr, column, N)
-            if GATED:
-                up = add_bias_down(up, bias_ptr + N, column, N)
-        if SAVE_H:
-            put(h_desc, slots, AT % SLOTS, PENDING, acc, row, column, rows, True)
-            if GATED:
-                put(h2_desc, slots, (AT + 1) % SLOTS, SLOTS - 1, up, row, column, rows, True)
-        if FUNCTION != "none":
-            acc = activate(acc, FUNCTION)
-        if GATED:
-            acc = acc * up
-        put(out_desc, slots, (AT + STORES - 1) % SLOTS, SLOTS - 1 if SAVE_H else PENDING, acc, row, column, rows, True)
+        LAST: gl.constexpr = (AT + STORES - 1) % SLOTS
+        put(out_desc, slots, LAST, SLOTS - 1 if SAVE_H else PENDING, acc, row, column, rows, TURNED)
 
 
 @gluon.jit
@@ -324,7 +286,7 @@ def _rows_consumer(
             bias = bias_ptr + gl.load(tiles_ptr + LIST_HEAD + tile_m) * (2 * N if GATED else N)
         if GRANULES == 3 and rows > 128 + REST:
             acc, third, step = multiply_three(
-                a_stages, b_stages, full, empty, step, depth, PART, BLOCK_N, STAGES, B_BY_K, GATHER
+                a_stages, b_stages, full, empty, step, depth, PART, BLOCK_N, STAGES, B_BY_K, GATHER, 0
             )
             _emit(
                 out_desc, h_desc, h2_desc, bias, slots, third, row + 128, column + PART * (COLUMNS // 2), rows - 128,
@@ -335,12 +297,12 @@ def _rows_consumer(
                 N, PIECES, FUNCTION, GATED, HAS_BIAS, SAVE_H, SLOTS,
             )  # fmt: skip
         elif GRANULES == 3 and rows > 128:
-            whole, rest, step = multiply_rest(
+            whole, rest, step = multiply_three(
                 a_stages, b_stages, full, empty, step, depth, PART, BLOCK_N, STAGES, B_BY_K, GATHER, REST
             )
-            _emit_rest(
+            _emit(
                 out_desc, h_desc, h2_desc, bias, slots, rest, row + 128, column + PART * (COLUMNS // 2), rows - 128,
-                N, FUNCTION, GATED, HAS_BIAS, SAVE_H, SLOTS,
+                N, 0, FUNCTION, GATED, HAS_BIAS, SAVE_H, SLOTS, True,
             )  # fmt: skip
             _emit(
                 out_desc, h_desc, h2_desc, bias, slots, whole, row + 64 * PART, column, 64,

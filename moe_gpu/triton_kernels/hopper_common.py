@@ -138,13 +138,6 @@ def upper_lower(x):
 
 
 @gluon.jit
-def add_bias_down(x, bias_ptr, column, N):
-    """x, whose rows are columns of the output from `column` on, plus a row of N biases."""
-    n = column + gl.arange(0, x.shape[0], layout=gl.SliceLayout(1, x.type.layout))
-    return x + gl.expand_dims(gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32), 1)
-
-
-@gluon.jit
 def sigmoid(x):
     """1 / (1 + exp(-x)) by the two approximate instructions; a division would cost eight."""
     return gl.inline_asm_elementwise(
@@ -249,11 +242,19 @@ def multiply_three(
     STAGES: gl.constexpr,
     B_BY_K: gl.constexpr,
     FENCE: gl.constexpr,
+    REST: gl.constexpr,
 ):
-    """As `multiply`, of three granules: 64 x BLOCK_N of granule PART, and half PART of the columns of the third."""
+    """As `multiply`, of three granules: 64 x BLOCK_N of granule PART, and half PART of the columns of the third.
+
+    REST: of the third its first REST rows, as the right side of the product: the columns of its sums, whose rows are
+    half PART of the columns. 0 for all of it, as the left side.
+    """
     HALF: gl.constexpr = BLOCK_N // 2
     acc = new_accumulator(BLOCK_N)
-    third = new_accumulator(HALF)
+    if REST:
+        third = warpgroup_mma_init(gl.zeros((HALF, REST), gl.float32, layout=accumulator_layout(REST)))
+    else:
+        third = new_accumulator(HALF)
     for _ in range(0, depth):
         stage = step % STAGES
         mbarrier.wait(full.index(stage), (step // STAGES) & 1)
@@ -263,9 +264,14 @@ def multiply_three(
         half = b.slice(PART * HALF, HALF, dim=0 if B_BY_K else 1)
         if B_BY_K:
             b = b.permute([1, 0])
+        if (REST > 0) != B_BY_K:
             half = half.permute([1, 0])
         acc = warpgroup_mma(a_stages.index(3 * stage + PART), b, acc, is_async=True)
-        third = warpgroup_mma(a_stages.index(3 * stage + 2), half, third, is_async=True)
+        last = a_stages.index(3 * stage + 2)
+        if REST:
+            third = warpgroup_mma(half, last.slice(0, REST, dim=0).permute([1, 0]), third, is_async=True)
+        else:
+            third = warpgroup_mma(last, half, third, is_async=True)
         acc, third = warpgroup_mma_wait(num_outstanding=0, deps=(acc, third))
         acc = warpgroup_mma_init(acc)
         third = warpgroup_mma_init(third)
@@ -273,51 +279,6 @@ def multiply_three(
         step += 1
     acc, third = warpgroup_mma_wait(num_outstanding=0, deps=(acc, third))
     return acc, third, step
-
-
-@gluon.jit
-def multiply_rest(
-    a_stages,
-    b_stages,
-    full,
-    empty,
-    step,
-    depth,
-    PART: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr,
-    B_BY_K: gl.constexpr,
-    FENCE: gl.constexpr,
-    REST: gl.constexpr,
-):
-    """As `multiply_three`, where the third granule has no more than REST rows: they are the right side of a product.
-
-    So they are the columns of its sums, and half PART of the columns the rows.
-    """
-    HALF: gl.constexpr = BLOCK_N // 2
-    acc = new_accumulator(BLOCK_N)
-    rest = warpgroup_mma_init(gl.zeros((HALF, REST), gl.float32, layout=accumulator_layout(REST)))
-    for _ in range(0, depth):
-        stage = step % STAGES
-        mbarrier.wait(full.index(stage), (step // STAGES) & 1)
-        if FENCE:
-            fence_async_shared()
-        b = b_stages.index(stage)
-        half = b.slice(PART * HALF, HALF, dim=0 if B_BY_K else 1)
-        if B_BY_K:
-            b = b.permute([1, 0])
-        else:
-            half = half.permute([1, 0])
-        acc = warpgroup_mma(a_stages.index(3 * stage + PART), b, acc, is_async=True)
-        right = a_stages.index(3 * stage + 2).slice(0, REST, dim=0).permute([1, 0])
-        rest = warpgroup_mma(half, right, rest, is_async=True)
-        acc, rest = warpgroup_mma_wait(num_outstanding=0, deps=(acc, rest))
-        acc = warpgroup_mma_init(acc)
-        rest = warpgroup_mma_init(rest)
-        mbarrier.arrive(empty.index(stage), count=1)
-        step += 1
-    acc, rest = warpgroup_mma_wait(num_outstanding=0, deps=(acc, rest))
-    return acc, rest, step
 
 
 @gluon.jit

@@ -192,7 +192,6 @@ HARMLESS = {
     # Each turn of the loop has waited for its own product.
     "multiply: one product more in flight in `warpgroup_mma_wait(num_outstanding=0, deps=(acc,))`",
     "multiply_three: one product more in flight in `warpgroup_mma_wait(num_outstanding=0, deps=(acc, third))`",
-    "multiply_rest: one product more in flight in `warpgroup_mma_wait(num_outstanding=0, deps=(acc, rest))`",
     # A tile's stages come after the next tile's claim, so whoever has multiplied them finds the claim told.
     "claimed_tile: without `mbarrier.wait(published.index(turn % 2), turn // 2 & 1)`",
 }
