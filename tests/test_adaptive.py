@@ -165,7 +165,7 @@ def test_adaptive_stays_within_two_percent_of_the_best_other_over_a_shifting_loa
 
 
 @given(st.integers(3, 1 << 20), st.sampled_from(sorted(TRUTHS)), st.sampled_from(sorted(ERRORS)))
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 def test_shifts_that_nothing_foretells_cost_adaptive_little(seed, truth, error):
     assert over_the_best(random_load(seed), truth, error) <= ALLOWED_UNFORESEEN
 

@@ -322,9 +322,8 @@ class CUDAGraphManager:
             return results
         self._capturer.free()
         self._eager_calls[reason] += 1
-        results = function(
-            *inputs
-        )  # what it raises again is the caller's own mistake, and no reason to give the shape up
+        # What it raises again is the caller's own mistake, and no reason to give the shape up.
+        results = function(*inputs)
         if key.owner not in self._unpaddable:
             self._fail(key, reason)
         return results

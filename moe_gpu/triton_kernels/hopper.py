@@ -49,17 +49,17 @@ REST = gl.constexpr(32)  # rows of a third granule up to which they are the righ
 
 
 @gluon.jit
-def _add_bias(x, bias_ptr, column, N, TURNED: gl.constexpr):
+def _add_bias(x, bias_ptr, column, N, TRANSPOSED: gl.constexpr):
     """x plus biases from `column` on; columns past N are not stored, so what they hold does not matter."""
-    AXIS: gl.constexpr = 0 if TURNED else 1
+    AXIS: gl.constexpr = 0 if TRANSPOSED else 1
     n = column + gl.arange(0, x.shape[AXIS], layout=gl.SliceLayout(1 - AXIS, x.type.layout))
     bias = gl.load(bias_ptr + gl.minimum(n, N - 1)).to(gl.float32)
     return x + gl.expand_dims(bias, 1 - AXIS)
 
 
 @gluon.jit
-def _column_halves(x, TURNED: gl.constexpr):
-    if TURNED:
+def _column_halves(x, TRANSPOSED: gl.constexpr):
+    if TRANSPOSED:
         return upper_lower(x)
     else:
         return halves(x)
@@ -83,47 +83,47 @@ def _emit(
     HAS_BIAS: gl.constexpr,
     SAVE_H: gl.constexpr,
     SLOTS: gl.constexpr,
-    TURNED: gl.constexpr = False,
+    TRANSPOSED: gl.constexpr = False,
 ):
     """Finish 64 rows in pieces as wide as a slot, the tile's piece AT first: bias, H if saved, activation, store.
 
-    TURNED: the columns of `acc`, fewer, are the rows.
+    TRANSPOSED: the columns of `acc`, fewer, are the rows, as for `put`.
     """
     WIDTH: gl.constexpr = slots.shape[2]
     EACH: gl.constexpr = 2 if GATED else 1
     STORES: gl.constexpr = 1 + EACH * SAVE_H
-    COLUMNS: gl.constexpr = acc.shape[0 if TURNED else 1]
+    COLUMNS: gl.constexpr = acc.shape[0 if TRANSPOSED else 1]
     if COLUMNS > WIDTH * EACH:
         HALF: gl.constexpr = COLUMNS // (2 * EACH)
-        left, right = _column_halves(acc, TURNED)
+        left, right = _column_halves(acc, TRANSPOSED)
         _emit(
             out_desc, h_desc, h2_desc, bias_ptr, slots, left, row, column, rows, N,
-            AT, FUNCTION, GATED, HAS_BIAS, SAVE_H, SLOTS, TURNED,
+            AT, FUNCTION, GATED, HAS_BIAS, SAVE_H, SLOTS, TRANSPOSED,
         )  # fmt: skip
         _emit(
             out_desc, h_desc, h2_desc, bias_ptr, slots, right, row, column + HALF, rows, N,
-            AT + HALF // WIDTH * STORES, FUNCTION, GATED, HAS_BIAS, SAVE_H, SLOTS, TURNED,
+            AT + HALF // WIDTH * STORES, FUNCTION, GATED, HAS_BIAS, SAVE_H, SLOTS, TRANSPOSED,
         )  # fmt: skip
     else:
         # All of the tile before has left its slots; within a tile the oldest piece makes room.
         PENDING: gl.constexpr = 0 if AT == 0 else SLOTS - 1
         up = acc
         if GATED:
-            acc, up = _column_halves(acc, TURNED)
+            acc, up = _column_halves(acc, TRANSPOSED)
         if HAS_BIAS:
-            acc = _add_bias(acc, bias_ptr, column, N, TURNED)
+            acc = _add_bias(acc, bias_ptr, column, N, TRANSPOSED)
             if GATED:
-                up = _add_bias(up, bias_ptr + N, column, N, TURNED)
+                up = _add_bias(up, bias_ptr + N, column, N, TRANSPOSED)
         if SAVE_H:
-            put(h_desc, slots, AT % SLOTS, PENDING, acc, row, column, rows, TURNED)
+            put(h_desc, slots, AT % SLOTS, PENDING, acc, row, column, rows, TRANSPOSED)
             if GATED:
-                put(h2_desc, slots, (AT + 1) % SLOTS, SLOTS - 1, up, row, column, rows, TURNED)
+                put(h2_desc, slots, (AT + 1) % SLOTS, SLOTS - 1, up, row, column, rows, TRANSPOSED)
         if FUNCTION != "none":
             acc = activate(acc, FUNCTION)
         if GATED:
             acc = acc * up
         LAST: gl.constexpr = (AT + STORES - 1) % SLOTS
-        put(out_desc, slots, LAST, SLOTS - 1 if SAVE_H else PENDING, acc, row, column, rows, TURNED)
+        put(out_desc, slots, LAST, SLOTS - 1 if SAVE_H else PENDING, acc, row, column, rows, TRANSPOSED)
 
 
 @gluon.jit
@@ -297,7 +297,7 @@ def _rows_consumer(
                 N, PIECES, FUNCTION, GATED, HAS_BIAS, SAVE_H, SLOTS,
             )  # fmt: skip
         elif GRANULES == 3 and rows > 128:
-            whole, rest, step = multiply_three(
+            acc, rest, step = multiply_three(
                 a_stages, b_stages, full, empty, step, depth, PART, BLOCK_N, STAGES, B_BY_K, GATHER, REST
             )
             _emit(
@@ -305,7 +305,7 @@ def _rows_consumer(
                 N, 0, FUNCTION, GATED, HAS_BIAS, SAVE_H, SLOTS, True,
             )  # fmt: skip
             _emit(
-                out_desc, h_desc, h2_desc, bias, slots, whole, row + 64 * PART, column, 64,
+                out_desc, h_desc, h2_desc, bias, slots, acc, row + 64 * PART, column, 64,
                 N, PIECES, FUNCTION, GATED, HAS_BIAS, SAVE_H, SLOTS,
             )  # fmt: skip
         elif rows > 64 * PART:

@@ -186,8 +186,8 @@ def accumulator_layout(columns):
 
 
 @gluon.jit
-def new_accumulator(COLUMNS: gl.constexpr):
-    return warpgroup_mma_init(gl.zeros((64, COLUMNS), gl.float32, layout=accumulator_layout(COLUMNS)))
+def new_accumulator(COLUMNS: gl.constexpr, ROWS: gl.constexpr = 64):
+    return warpgroup_mma_init(gl.zeros((ROWS, COLUMNS), gl.float32, layout=accumulator_layout(COLUMNS)))
 
 
 @gluon.jit
@@ -252,7 +252,7 @@ def multiply_three(
     HALF: gl.constexpr = BLOCK_N // 2
     acc = new_accumulator(BLOCK_N)
     if REST:
-        third = warpgroup_mma_init(gl.zeros((HALF, REST), gl.float32, layout=accumulator_layout(REST)))
+        third = new_accumulator(REST, HALF)
     else:
         third = new_accumulator(HALF)
     for _ in range(0, depth):

@@ -29,9 +29,9 @@ from moe_gpu.config import ACTIVATIONS
 from moe_gpu.triton_kernels.counters import Counters
 from moe_gpu.triton_kernels.grouped_gemm import row_contiguous
 from moe_gpu.triton_kernels.hopper_common import (
-    accumulator_layout,
     activate,
     matrix,
+    new_accumulator,
     new_barriers,
     piece_layout,
     upper_lower,
@@ -68,7 +68,7 @@ def _multiply(
 ):
     """An item's sums; where the other projection has more folds, its columns hold what they happen to."""
     COLUMNS: gl.constexpr = x_ring.shape[1] // COUNT
-    acc = warpgroup_mma_init(gl.zeros((HEIGHT, COLUMNS), gl.float32, layout=accumulator_layout(COLUMNS)))
+    acc = new_accumulator(COLUMNS, HEIGHT)
     for _ in range(0, K, FOLD * COUNT * BOX_K):
         stage = step % STAGES
         mbarrier.wait(full.index(stage), (step // STAGES) & 1)

@@ -148,7 +148,7 @@ TALL_SPILLS = {"up-swiglu, weights by column": 4, "up-swiglu, saved H": 4, "up-g
 
 # Of the tuner's candidates, one of each kind that differs from the rules' by more than numbers.
 OFFERED = {
-    "up": [HopperConfig(3, slots=3, rows=192, claimed=True), tuning._CLAIMED],
+    "up": [HopperConfig(3, rows=192, claimed=True), tuning._CLAIMED],
     "down": [HopperConfig(3, width=128, slots=1, rows=192, claimed=True), tuning._CLAIMED],
     "grad_x": [HopperConfig(3, width=128, slots=1, rows=192, claimed=True)],
 }
@@ -164,15 +164,15 @@ def by_rule(kind: str) -> list[HopperConfig]:
 
 
 def in_tables(kind: str) -> list[HopperConfig]:
-    """What else the package's tables hold: of each width of a store one, since all else is no more than numbers.
+    """What else the package's tables hold: of each store one, since order and stages of tiles are no more than numbers.
 
-    That which takes the most memory, and claimed if any is, which takes the most registers.
+    That with the most stages, which takes the most memory, and claimed if any is, which takes the most registers.
     """
 
-    def store_of(config: HopperConfig) -> tuple[int, int]:
-        return config.rows, config.width
+    def store_of(config: HopperConfig) -> tuple[int, int, int]:
+        return config.rows, config.width, config.slots
 
-    found: dict[tuple[int, int], HopperConfig] = {}
+    found: dict[tuple[int, int, int], HopperConfig] = {}
     for path in (Path(tile_table.__file__).parent / "tiles").glob("*.json"):
         device = json.loads(path.read_text())["machines"][0]["device"]
         tiles = {
@@ -180,8 +180,8 @@ def in_tables(kind: str) -> list[HopperConfig]:
         }
         for tile in sorted((tile for tile in tiles if isinstance(tile, HopperConfig)), key=astuple):
             have = found.get(store_of(tile), tile)
-            most = max(have, tile, key=functools.partial(tuning.operand_bytes, kind))
-            found[store_of(tile)] = replace(most, group_m=8, claimed=have.claimed or tile.claimed)
+            most, claimed = max(have.stages, tile.stages), have.claimed or tile.claimed
+            found[store_of(tile)] = replace(tile, group_m=8, stages=most, claimed=claimed)
     compiled = {store_of(config) for config in by_rule(kind)}
     return [config for store, config in sorted(found.items()) if store not in compiled]
 

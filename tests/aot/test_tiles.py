@@ -149,8 +149,8 @@ def test_dequantising_kernel(arch, dtype, scales):
 
 
 def load_aware():
-    """On sm_80 those of three classes, which are the same on sm_89 and compiled for it once; `grad_x` is as `down`."""
-    kinds = {80: ("up", "down"), 89: ("down",), 90: ("up", "down", "grad_x")}
+    """On sm_80 those of three classes, which are the same on sm_89 and compiled for it once."""
+    kinds = {80: ("up", "down", "grad_x"), 89: ("down",), 90: ("up", "down", "grad_x")}
     for arch, limit in SHARED_LIMIT.items():
         for kind in kinds[arch] if CHOSEN_TRITON else ("up", "grad_x"):
             tiles = load_aware_tiles(kind)
